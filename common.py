@@ -1,0 +1,720 @@
+"""What must be the same in every part, in the order of the data's way: data and split, model, checkpoint,
+evaluation, statistics, attacks, UMAP. (Perturbations are in perturbations.py, tables and plots in report.py.)
+
+A line belongs here if changing it in one part alone would silently spoil the comparison between parts.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import math
+import os
+import pickle
+import platform
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from arguments import RunError, UsageError
+from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb, to_uint8  # noqa: F401
+
+# ---- constants ------------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training pixels in [0,1]
+SIZE = 32  # side of every image, pixels
+HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
+SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
+QUICK_PER_CLASS = 100
+FORMAT, VERSION = "small-data-robustness checkpoint", 1
+
+# ---- seed, device, mixed precision ----------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch.device that `name` stands for. Raises UsageError if this machine does not have it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not usable on this machine ({reason}); try --device auto") from None
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    return device
+
+
+def seed_everything(seed, device):
+    """Seeds torch's global generators (weights) and returns one on `device` for batches and augmentation."""
+    torch.manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Amp:
+    """Mixed precision: `with amp.autocast():` around the forward pass, `amp.step(loss, optimizer)` after it."""
+
+    def __init__(self, mode, device):
+        self.device, self.name = device, mode if mode != "auto" else fastest_precision(device)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[self.name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def step(self, loss, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+@functools.lru_cache
+def fastest_precision(device):
+    """ "bf16", "fp16" or "off". On a CPU it is measured in about 0.1 s: some have bf16 only in emulation, 4-16 times
+    slower than float32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type != "cpu":
+        return "off"
+    layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.rand(32, 64, SIZE, SIZE).to(memory_format=torch.channels_last)
+
+    def seconds(enabled):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                layer(images).sum().backward()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.random.fork_rng(devices=[]):
+        return "bf16" if seconds(True) < 0.8 * seconds(False) else "off"
+
+
+# ---- data and split -------------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """A data set, whole, on the device: images uint8 (N,3,32,32), labels int64 (N,)."""
+
+    name: str  # as tables and plots call it
+    classes: tuple
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+
+class Split(NamedTuple):
+    """The training set's two halves, and the hash that names this split in every row and checkpoint."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    eval_images: torch.Tensor
+    eval_labels: torch.Tensor
+    hash: str
+
+
+def stratified_split(labels, fraction=0.2, seed=0):
+    """Splits positions class by class: exactly round(fraction * n_c) of the n_c members of every class c to train.
+
+    labels: integers (N,), tensor or array.  fraction: in (0, 1).  seed: integer in [0, 2**32).
+    Returns (train_idx, eval_idx): int64 CPU tensors, sorted, disjoint, together 0 … N-1. A pure function of its
+    arguments on every platform (numpy's legacy generator, whose stream is frozen).
+    Raises ValueError if the fraction leaves a class without a training or an evaluation image.
+    """
+    labels = np.asarray(torch.as_tensor(labels).cpu())
+    random = np.random.RandomState(seed)
+    train = np.zeros(len(labels), dtype=bool)
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        count = round(fraction * len(members))
+        if not 0 < count < len(members):
+            raise ValueError(f"a fraction of {fraction} of class {c}'s {len(members)} images leaves {count} for "
+                             f"training and {len(members) - count} for evaluation; both must be at least 1")
+        train[random.permutation(members)[:count]] = True
+    return torch.from_numpy(np.flatnonzero(train)), torch.from_numpy(np.flatnonzero(~train))
+
+
+def split_data(data, fraction, seed):
+    """The Split of `data`. Raises UsageError if the fraction leaves a class empty."""
+    try:
+        train, rest = stratified_split(data.train_labels, fraction, seed)
+    except ValueError as error:
+        raise UsageError(f"--train-fraction {fraction}: {error}") from None
+    digest = hashlib.sha256(data.train_labels.cpu().numpy().tobytes() + train.numpy().tobytes()).hexdigest()[:12]
+    train, rest = train.to(data.train_labels.device), rest.to(data.train_labels.device)
+    return Split(data.train_images[train], data.train_labels[train],
+                 data.train_images[rest], data.train_labels[rest], digest)
+
+
+@functools.lru_cache(maxsize=1)  # parts 3 and 4 call part 2 in the same process
+def load_data(dataset, data_dir, device, quick=False):
+    """Loads a data set whole onto the device. Raises RunError with the ways out if it is not to be had."""
+    name, classes, *arrays = {"cifar10": _load_cifar10, "folder": _load_folder, "digits": _load_digits}[dataset](
+        Path(data_dir))
+    train_images, train_labels, test_images, test_labels = map(torch.from_numpy, arrays)
+    if quick:
+        keep = [torch.cat([torch.where(labels == c)[0][:QUICK_PER_CLASS] for c in range(len(classes))])
+                for labels in (train_labels, test_labels)]
+        train_images, train_labels = train_images[keep[0]], train_labels[keep[0]]
+        test_images, test_labels = test_images[keep[1]], test_labels[keep[1]]
+        name += " (QUICK)"
+    return Data(name, tuple(classes), train_images.to(device), train_labels.to(device),
+                test_images.to(device), test_labels.to(device))
+
+
+def _load_cifar10(data_dir):
+    from torchvision.datasets import CIFAR10
+
+    archive = data_dir / CIFAR10.filename
+    try:
+        train, test = CIFAR10(data_dir, train=True, download=True), CIFAR10(data_dir, train=False)
+    except Exception as error:  # no network, a cut connection, a page instead of the archive, a full disk
+        if archive.exists():
+            archive.unlink()  # what did not pass the MD5 check must not be in the way of the next try
+        raise RunError(
+            f"CIFAR-10 is neither in {data_dir}/{CIFAR10.base_folder} nor could it be downloaded "
+            f"({str(error).splitlines()[0]}). Ways out: put {CIFAR10.filename} into {data_dir}; or --dataset folder "
+            f"with a tree {data_dir}/train/<class>/*, {data_dir}/test/<class>/*; or --dataset digits, which needs no "
+            "download") from None
+    arrays = [a for d in (train, test) for a in (d.data.transpose(0, 3, 1, 2).copy(), np.asarray(d.targets, np.int64))]
+    return "CIFAR-10", train.classes, *arrays
+
+
+def _load_folder(data_dir):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image
+
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise RunError(f"{path} is not an image that Pillow can read ({error}); repair or remove it") from None
+
+    classes, arrays = None, []
+    for split in ("train", "test"):
+        folder = data_dir / split
+        if not folder.is_dir():
+            raise RunError(f"--dataset folder: {folder} does not exist; expected {data_dir}/train/<class>/* and "
+                           f"{data_dir}/test/<class>/*; set --data-dir to the folder that holds train and test")
+        found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        classes = classes or found
+        if found != classes or len(classes) < 2:
+            raise RunError(f"{folder} has the class folders {found}; expected at least two, the same in train and "
+                           f"test (train has {classes})")
+        files = [[p for p in sorted((folder / c).iterdir()) if p.is_file() and not p.name.startswith(".")]
+                 for c in classes]
+        empty = [c for c, paths in zip(classes, files, strict=True) if not paths]
+        if empty:
+            raise RunError(f"{folder}/{empty[0]} holds no image; every class needs some in train and in test")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+            images = np.stack(list(pool.map(read, sum(files, []))))
+        arrays += [images.transpose(0, 3, 1, 2).copy(), np.repeat(np.arange(len(classes)), [len(f) for f in files])]
+    name = {"cifar10-jpg": "CIFAR-10 (JPEG copy)"}.get(data_dir.resolve().name, f"folder {data_dir.resolve().name}")
+    return name, classes, *arrays
+
+
+def _load_digits(data_dir):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.uint8(digits.images * (255 / 16))  # (1797,8,8), values 0-16
+    images = np.stack([np.asarray(Image.fromarray(d).convert("RGB").resize((SIZE, SIZE))) for d in small])
+    images, labels = images.transpose(0, 3, 1, 2).copy(), digits.target.astype(np.int64)
+    train, test = stratified_split(labels, 0.8, seed=0)
+    return "digits", [str(c) for c in range(10)], images[train], labels[train], images[test], labels[test]
+
+
+def to_float(images):
+    """uint8 (B,3,H,W) as float32 in [0,1], in the channels_last layout that convolutions are fastest in."""
+    return images.contiguous(memory_format=torch.channels_last).float() / 255
+
+
+def batches(images, labels, batch_size, generator):
+    """One shuffled epoch of (images, labels) slices; a last, smaller batch is left out (other images every epoch)."""
+    order = torch.randperm(len(images), generator=generator, device=images.device)
+    for i in range(steps_per_epoch(len(images), batch_size)):
+        batch = order[i * batch_size : (i + 1) * batch_size]
+        yield images[batch], labels[batch]
+
+
+def balanced_batches(images, labels, batch_size, generator):
+    """Like `batches`, with the same number of every class, class after class in turn, as losses on pairs need it."""
+    order = torch.randperm(len(images), generator=generator, device=images.device)
+    members = [order[labels[order] == c] for c in labels.unique()]
+    steps = steps_per_epoch(len(images), batch_size)
+    each = max(2, min(map(len, members)) // steps)
+    for i in range(steps):
+        turn = torch.arange(i * each, (i + 1) * each, device=images.device)
+        batch = torch.stack([m[turn % len(m)] for m in members], dim=1).flatten()
+        yield images[batch], labels[batch]
+
+
+def steps_per_epoch(n, batch_size):
+    return max(1, n // batch_size)
+
+
+def perturbation_names(names):
+    """The perturbations that `names` stands for, each once. Raises UsageError with the known ones."""
+    if "all" in names:
+        return list(PERTURBATIONS)
+    for name in names:
+        if name not in PERTURBATIONS:
+            raise UsageError(f"--perturbations: no perturbation is called {name!r}; there are all, "
+                             + ", ".join(PERTURBATIONS))
+    return list(dict.fromkeys(names))
+
+
+def check_same_data(path, meta, run):
+    """Raises UsageError if a checkpoint was trained on another data set or split than this run's."""
+    for key, what in (("dataset", "data set"), ("split_hash", "split"), ("classes", "classes")):
+        if meta[key] != run[key]:
+            raise UsageError(f"{path} was trained on the {what} {meta[key]}, this run has {run[key]}; leave out "
+                             "--dataset, --data-dir, --train-fraction, --split-seed and --quick to use the checkpoint's")
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Pixels in [0,1] to logits: normalization, torchvision's ResNet18 for small images, a head.
+
+    forward: float (B,3,H,W) in [0,1] → logits (B,C).  The backbone's state_dict loads with strict=True into
+    torchvision's resnet18(num_classes=outputs) with a 3×3 stem and no max-pool (He et al. 2016, for CIFAR).
+    """
+
+    def __init__(self, outputs, head=None):
+        from torchvision.models import resnet18
+
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
+        self.backbone = resnet18(num_classes=outputs)
+        self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.backbone.maxpool = nn.Identity()
+        self.head = head or nn.Identity()
+
+    def outputs(self, images):
+        """The backbone's last layer: logits in parts 1 and 3, the embedding (B,D) in part 4."""
+        return self.backbone((images - self.mean) / self.std)
+
+    def forward(self, images):
+        return self.head(self.outputs(images))
+
+
+class ClassMeans(nn.Module):
+    """Logits as scale × cosine to L2-normalized class means, which are set after training (`means` (C,D))."""
+
+    def __init__(self, classes, dim):
+        super().__init__()
+        self.register_buffer("means", torch.zeros(classes, dim))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, embeddings):
+        return self.scale * F.normalize(embeddings.float(), dim=1) @ self.means.T
+
+
+def class_means(embeddings, labels, classes):
+    """L2-normalized means (C,D) of the L2-normalized rows (N,D) of each of `classes` classes."""
+    one_hot = F.one_hot(labels, classes).to(embeddings)
+    return F.normalize(one_hot.T @ F.normalize(embeddings, dim=1), dim=1)
+
+
+def average_of(model, total_steps):
+    """An exponential moving average of weights and buffers over about 4 % of the training's steps."""
+    decay = 1 - 1 / max(2, 0.04 * total_steps)
+    swa = torch.optim.swa_utils
+    return swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+class Prediction(NamedTuple):
+    """What one pass over N images gives, float32: logits (N,C), and the backbone's features (N,512)."""
+
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+@torch.no_grad()
+def predict(model, images, amp, batch_size=128):
+    """Logits and backbone features of uint8 or float images (N,3,H,W) in one pass, in eval mode."""
+    features, logits = [], []
+    hook = model.backbone.avgpool.register_forward_hook(lambda *call: features.append(call[2].flatten(1).float()))
+    with eval_mode(model):
+        try:
+            for batch in images.split(batch_size):
+                with amp.autocast():
+                    logits.append(model(to_float(batch) if batch.dtype == torch.uint8 else batch).float())
+        finally:
+            hook.remove()
+    return Prediction(torch.cat(logits), torch.cat(features))
+
+
+def predict_splits(model, split, data, amp):
+    """The Prediction and the labels of each of the three sets, all of it."""
+    return {"train": (predict(model, split.train_images, amp), split.train_labels),
+            "evaluation": (predict(model, split.eval_images, amp), split.eval_labels),
+            "test": (predict(model, data.test_images, amp), data.test_labels)}
+
+
+def watch(model, split, amp, n=500):
+    """Accuracy on n evaluation images, for the learning curve: too few to choose by, enough to see a failure."""
+    some = spread(len(split.eval_labels), n)
+    return accuracy(predict(model, split.eval_images[some], amp).logits, split.eval_labels[some])
+
+
+def spread(total, n):
+    """min(n, total) positions evenly spread over `total`: of every class, whether or not the set is in their order."""
+    return torch.linspace(0, total - 1, min(n, total)).round().long()
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Eval mode inside, the former mode outside."""
+    training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)
+
+
+# ---- files: complete or absent --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path beside `path` that replaces it when the block ends well, and is removed when not."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; choose another --results-dir") from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before still stands") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, meta):
+    """Writes what `load_checkpoint` reads, complete or not at all."""
+    _save(path, {"format": FORMAT, "version": VERSION, "meta": meta, "model": model.state_dict()})
+
+
+def load_checkpoint(path, device):
+    """Reads a training part's checkpoint: (model in eval mode on `device`, meta).
+
+    meta holds plain values: part, args, dataset, classes, outputs, head, split_hash, epoch, seed, versions, device,
+    metrics. Nothing in the file is ever executed. Raises UsageError for whatever is not such a file.
+    """
+    content = _load(path, device)
+    meta = content["meta"]
+    try:
+        head = ClassMeans(len(meta["classes"]), meta["outputs"]) if meta["head"] == "class_means" else None
+        model = Model(meta["outputs"], head)
+        model.load_state_dict(content["model"], strict=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: does not hold this model ({str(error).splitlines()[0]}); write it anew with the "
+                         "part that made it") from None
+    return model.to(device, memory_format=torch.channels_last).eval(), meta
+
+
+def read_meta(path):
+    """The meta of a checkpoint that may be missing: None then."""
+    return _load(path, "cpu")["meta"] if Path(path).exists() else None
+
+
+def _save(path, content):
+    with atomic(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(str(error).splitlines()[0]) from None
+
+
+def _load(path, device):
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such checkpoint; a training part writes it, such as: "
+                         "python part1_baseline.py") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: not a checkpoint of this project, or damaged ({type(error).__name__}); expected a "
+                         "file that a training part wrote") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a checkpoint of this project; expected a file that a training part wrote")
+    if content["version"] != VERSION:
+        raise UsageError(f"{path}: checkpoint version {content['version']}, this code reads version {VERSION}; use the "
+                         "code that wrote it, or train again")
+    return content
+
+
+# ---- training: state, resume, history -------------------------------------------------------------------------------
+
+NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap"}  # on the trained weights
+
+
+def save_state(path, args, epoch, history, parts, generator):
+    """Saves a whole training after `epoch` finished epochs. parts: name → object with a state_dict."""
+    _save(path, {"format": FORMAT, "version": VERSION, "args": vars(args), "epoch": epoch, "history": history,
+                 "parts": {name: part.state_dict() for name, part in parts.items()},
+                 "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
+
+
+def resume(path, args, parts, generator):
+    """Continues a training where `save_state` left it: (finished epochs, history); (0, []) where there is none.
+
+    Raises UsageError if an argument that changes the result differs from the saved run's.
+    """
+    if not Path(path).exists():
+        print(f"Nothing to resume in {path}: starting with epoch 1")
+        return 0, []
+    content = _load(path, "cpu")
+    for name, now in vars(args).items():
+        before = content["args"].get(name)
+        if name not in NO_EFFECT and before != now:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"--resume: the run in {path} had {flag} {before}, this one has {now}; give {flag} "
+                             f"{before}, or leave --resume out to start anew")
+    for name, part in parts.items():
+        part.load_state_dict(content["parts"][name])
+    generator.set_state(content["generator"].cpu())
+    torch.set_rng_state(content["torch_rng"])
+    return content["epoch"], content["history"]
+
+
+class Epoch:
+    """Iterates over an epoch's batches with a progress bar and sums what the history needs, without device syncs."""
+
+    def __init__(self, number, epochs, batches, steps):
+        from tqdm import tqdm
+
+        self.row = {"epoch": number + 1}
+        self.bar = tqdm(batches, f"epoch {number + 1:3d}/{epochs}", steps, leave=False, unit="batch",
+                        disable=not sys.stderr.isatty())
+        self.loss = self.correct = self.seen = self.steps = 0
+        self.start = time.perf_counter()
+
+    def __iter__(self):
+        return iter(self.bar)
+
+    def add(self, loss, logits, labels):
+        """Counts one batch. logits (B,C) may be None where the loss has none."""
+        self.loss, self.steps, self.seen = self.loss + loss.detach(), self.steps + 1, self.seen + len(labels)
+        if logits is not None:
+            self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
+        if not self.bar.disable and self.steps % 10 == 0:  # the only sync, and only for a person who watches
+            self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}, accuracy {self.correct / self.seen:.3f}, "
+                                     f"{self.seen / (time.perf_counter() - self.start):.0f} images/s")
+
+    def finish(self, accuracy, scheduler):
+        """The history row; prints it. accuracy: of the averaged weights on a part of the evaluation split."""
+        loss = float(self.loss) / self.steps
+        if not math.isfinite(loss):
+            raise RunError(f"the loss became {loss} in epoch {self.row['epoch']}; try a lower --lr or --amp off")
+        seconds = time.perf_counter() - self.start
+        train_accuracy = float(self.correct) / self.seen if torch.is_tensor(self.correct) else math.nan
+        self.row |= {"loss": loss, "train_accuracy": train_accuracy, "eval_accuracy": accuracy,
+                     "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        print(f"epoch {self.row['epoch']:3d}  loss {loss:6.3f}  train {train_accuracy:.3f}  "
+              f"evaluation {accuracy:.3f}  {self.seen / seconds:6.0f} images/s", flush=True)
+        return self.row
+
+
+def describe(args, part, data, split, device, amp):
+    """What every row of a part's table has in common, and what its checkpoint records about the run."""
+    packages = ("torch", "torchvision", "numpy", "cleverhans", "umap-learn")
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {platform.machine()}"
+    sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels), "test": len(data.test_labels)}
+    return {"part": part, "args": vars(args), "command": " ".join(sys.argv), "dataset": data.name, "sizes": sizes,
+            "classes": list(data.classes), "split_hash": split.hash, "seed": args.seed, "versions": versions,
+            "device": name, "amp": amp.name}
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(correct, n, z=1.959964):
+    """95 % score interval of a proportion (Wilson 1927).
+
+    correct, n: counts, 0 <= correct <= n, n > 0.  z: normal quantile.
+    Returns (low, high), fractions in [0, 1].  Raises ValueError outside these ranges.
+    """
+    if not 0 <= correct <= n or n <= 0:
+        raise ValueError(f"{correct} of {n} is not a proportion: expected 0 <= correct <= n and n > 0")
+    share, z2 = correct / n, z * z / n
+    centre = (share + z2 / 2) / (1 + z2)
+    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(correct_a, correct_b):
+    """Two-sided exact p-value of McNemar's test (1947) that two models err equally often on the same images.
+
+    correct_a, correct_b: booleans (N,) of the same images.  Returns a p-value in (0, 1].
+    """
+    from scipy.stats import binomtest
+
+    only_a = int((correct_a & ~correct_b).sum())
+    only_b = int((correct_b & ~correct_a).sum())
+    return binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+
+
+def holm(p_values):
+    """Holm's step-down correction (1979): p-values (M,) adjusted for the M tests of one table."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values)
+    adjusted = np.maximum.accumulate(p_values[order] * (len(order) - np.arange(len(order))))
+    result = np.empty_like(adjusted)
+    result[order] = np.minimum(adjusted, 1)
+    return result
+
+
+def calibration_error(logits, labels, bins=15):
+    """Expected calibration error (Guo et al. 2017): Σ n_b/n · |accuracy_b - confidence_b| over equal-width bins.
+
+    logits (N,C), labels (N,).  Returns a fraction in [0, 1].
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, device=logits.device)
+    gap.index_add_(0, which, (predicted == labels).float() - confidence)
+    return (gap.abs().sum() / len(labels)).item()
+
+
+def accuracy(logits, labels):
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+def knn_predict(train_features, train_labels, features, k=20, not_itself=False):
+    """Labels (N,) by majority of the k training features of highest cosine; ties go to the nearer neighbours.
+
+    not_itself: leaves out training feature i for feature i, where the two stand for the same image.
+    """
+    train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
+    classes, result = int(train_labels.max()) + 1, []
+    for start in range(0, len(features), 2048):
+        similarity = features[start : start + 2048] @ train_features.T
+        if not_itself:
+            similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))] = -2
+        near = similarity.topk(min(k, len(train_features) - not_itself))
+        votes = F.one_hot(train_labels[near.indices], classes) * (1 + 1e-3 * near.values.unsqueeze(2))
+        result.append(votes.sum(1).argmax(1))
+    return torch.cat(result)
+
+
+# ---- attacks (cleverhans) -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attack_mode(model):
+    """Eval mode, float32, and no gradients for the parameters; all as it was afterwards, their .grad included."""
+    wanted = [p.requires_grad for p in model.parameters()]
+    device = next(model.parameters()).device.type
+    with eval_mode(model), torch.autocast(device, enabled=False):
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, flag in zip(model.parameters(), wanted, strict=True):
+                parameter.requires_grad_(flag)
+
+
+def fgsm(model, images, labels, eps, norm=np.inf):
+    """Fast gradient method (Goodfellow et al. 2015), by cleverhans, against the given labels.
+
+    images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones.  eps: in pixel units of [0,1].
+    norm: inf or 2.  Returns float32 (B,3,H,W) in [0,1], detached; the model's mode and gradients stay as they were.
+    """
+    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
+
+    with attack_mode(model):
+        return fast_gradient_method(model, images.float(), eps, norm, clip_min=0.0, clip_max=1.0, y=labels).detach()
+
+
+def fgsm_direction(model, images, labels, norm=np.inf, batch_size=128):
+    """The step of `fgsm` for eps 1 before clipping: fgsm(…, eps) equals (images + eps * direction).clamp(0, 1).
+
+    It does not depend on eps, so one gradient an image serves a whole sweep. An image whose gradient is zero
+    everywhere has a direction of zeros. Shapes as in `fgsm`.
+    """
+    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
+
+    steps = []
+    with attack_mode(model):
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            step = fast_gradient_method(model, x, 1.0, norm, y=y).detach() - x
+            steps.append(step.sign() if norm == np.inf else step)  # x + 1 - x is not 1 to the last bit
+    return torch.cat(steps)
+
+
+def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
+    """Projected gradient descent (Madry et al. 2018), by cleverhans: `steps` steps of 2.5 * eps / steps from the image.
+
+    Arguments and result as in `fgsm`.
+    """
+    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
+
+    adversarial = []
+    with attack_mode(model):
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            adversarial.append(projected_gradient_descent(  # its sanity checks fail on CUDA (cleverhans#1248)
+                model, x, eps, 2.5 * eps / steps, steps, norm, clip_min=0.0, clip_max=1.0, y=y, rand_init=False,
+                sanity_checks=False).detach())
+    return torch.cat(adversarial)
+
+
+# ---- UMAP -----------------------------------------------------------------------------------------------------------
+
+
+def umap_coordinates(features, seed, neighbours=15):
+    """UMAP (McInnes et al. 2018) of features (N,D) in one fit: float32 array (N,2); the same for the same seed.
+
+    Exact neighbours come from one matrix product on the features' device: faster than umap-learn's search and its
+    compilation.
+    """
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import and on random_state, about threads
+        import umap
+
+        indices, distances = [], []
+        for block in features.split(2048):
+            near = torch.cdist(block, features).topk(min(neighbours, len(features)), largest=False)
+            indices.append(near.indices.cpu())
+            distances.append(near.values.cpu())
+        knn = torch.cat(indices).numpy(), torch.cat(distances).numpy(), None
+        reducer = umap.UMAP(n_neighbors=len(knn[0][0]), random_state=seed, precomputed_knn=knn, n_epochs=200,
+                            force_approximation_algorithm=True)
+        return reducer.fit_transform(features.cpu().numpy())
+
+
+def silhouette(features, labels):
+    """Mean silhouette width (Rousseeuw 1987) of features (N,D) under their true classes, in [-1, 1]."""
+    from sklearn.metrics import silhouette_score
+
+    return float(silhouette_score(features.cpu().numpy(), labels.cpu().numpy()))

@@ -1,0 +1,201 @@
+"""Part 4: does the Angular loss do better than cross-entropy?
+
+Part 1's training with the Angular loss (Wang et al., ICCV 2017) on an embedding of 128 numbers; a class is the mean of
+its training embeddings, an image belongs to the one of highest cosine. Then all that parts 1 and 2 measure.
+
+    python part4_angular.py                (on part 3's training data: --augment; another loss: --loss arcface)
+
+Writes what part 1 and part 2 write, as results/part4* and results/part4_robustness* (part4_augmented* with --augment).
+"""
+
+import math
+
+import arguments
+
+
+MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
+EMBEDDING = 128  # numbers
+
+
+def parse_args(argv=None):
+    parser = arguments.new_parser(__doc__)
+    arguments.add_shared(parser)
+    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=5e-3)
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
+    add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=45.0,
+        help="Angular loss: the angle alpha, degrees (the paper: 36 to 55)")
+    add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0,
+        help="Angular loss: weight of the N-pair loss that is added")
+    add("--margin", type=arguments.number(float, 0, 4), default=None,
+        help="margin: arcface in radians, cosface in cosine, sphereface a factor (None: 0.2, 0.2, 1.5)")
+    add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
+        help="arcface, cosface, sphereface: scale of the cosines")
+    add("--augment", action="store_true", help="train on part 3's perturbed images")
+    return arguments.parse(parser, argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # before torch is imported: --help and wrong arguments answer at once
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import common  # noqa: E402
+import part2_robustness  # noqa: E402
+import report  # noqa: E402
+from part3_augmented import augment  # noqa: E402
+
+
+def angular_loss(embeddings, labels, alpha_deg):
+    """Angular loss (Wang et al., ICCV 2017, eq. 8), all (anchor, positive) pairs against all negatives of a batch.
+
+    embeddings: float (B,D), normalized here to unit length.  labels: int64 (B,).  alpha_deg: in [0, 70] degrees.
+    Returns a float32 scalar: the mean over pairs (a,p) of log(1 + Σ_n exp f(a,p,n)), where
+    f = 4 tan²α (x_a + x_p)·x_n - 2 (1 + tan²α) x_a·x_p; 0 if the batch has no pair or only one class.
+    Raises ValueError for an alpha outside its range, where float32 overflows.
+    """
+    if not 0 <= alpha_deg <= MAX_ALPHA_DEG:
+        raise ValueError(f"alpha_deg {alpha_deg} is not in [0, {MAX_ALPHA_DEG}] degrees")
+    tan2 = math.tan(math.radians(alpha_deg)) ** 2
+    similarity, same, pairs = similarities(embeddings, labels)
+    # (x_a + x_p)·x_n is S[a,n] + S[p,n], so the sum over negatives is a matrix product: no triplet is laid out.
+    pull = torch.exp(4 * tan2 * similarity).masked_fill(same, 0)  # (B,B): 0 where n is no negative of a
+    return mean_over_pairs(pull @ pull.T, 2 * (1 + tan2) * similarity, pairs)
+
+
+def npair_loss(embeddings, labels):
+    """N-pair loss (Sohn 2016) on unit vectors: the mean over pairs of log(1 + Σ_n exp(x_a·x_n - x_a·x_p))."""
+    similarity, same, pairs = similarities(embeddings, labels)
+    negatives = similarity.exp().masked_fill(same, 0).sum(1, keepdim=True)
+    return mean_over_pairs(negatives.expand_as(similarity), similarity, pairs)
+
+
+def similarities(embeddings, labels):
+    """(B,B): the cosines in float32, which rows are of one class, and which of these are pairs of two images."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = F.normalize(embeddings.float(), dim=1)
+        same = labels.unsqueeze(1) == labels
+        return x @ x.T, same, same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+
+
+def mean_over_pairs(negatives, attraction, pairs):
+    """The mean of log(1 + negatives · exp(-attraction)) over the pairs, all (B,B); 0 where there is none."""
+    tiny = torch.finfo(torch.float32).tiny  # keeps the logarithm finite where a pair has no negative
+    exponent = torch.where(pairs, negatives, 1).clamp(min=tiny).log() - attraction
+    return (F.softplus(exponent) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+class MarginLoss(torch.nn.Module):
+    """Cross-entropy of scaled cosines to learned class centres, the true class's made harder by a margin.
+
+    arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu et al. 2017, in the
+    characteristic form of SphereFace-R): cos(min(m θ, π)).
+    """
+
+    def __init__(self, kind, classes, margin, scale):
+        super().__init__()
+        self.kind, self.scale = kind, scale
+        self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.5}[kind] if margin is None else margin
+        self.centres = torch.nn.Parameter(torch.randn(classes, EMBEDDING))
+
+    def forward(self, embeddings, labels):
+        cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centres, dim=1).T  # (B,C)
+        own = cosines.gather(1, labels.unsqueeze(1))
+        if self.kind == "cosface":
+            harder = own - self.margin
+        else:
+            angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+            harder = (angle + self.margin if self.kind == "arcface" else angle * self.margin).clamp(max=math.pi).cos()
+        return F.cross_entropy(self.scale * cosines.scatter(1, labels.unsqueeze(1), harder), labels)
+
+
+class AngularLoss(torch.nn.Module):
+    """`angular_loss`, and `npair_loss` with a weight."""
+
+    def __init__(self, alpha_deg, npair_weight):
+        super().__init__()
+        self.alpha_deg, self.npair_weight = alpha_deg, npair_weight
+
+    def forward(self, embeddings, labels):
+        loss = angular_loss(embeddings, labels, self.alpha_deg)
+        return loss + self.npair_weight * npair_loss(embeddings, labels) if self.npair_weight else loss
+
+
+@torch.no_grad()
+def fit_head(model, images, labels, amp):
+    """Sets the class means from training images, and the scale that minimizes the label-smoothed cross-entropy that
+    part 1 trains with on them: finite even where every training image is right, so that gradients survive."""
+    head, model.head = model.head, torch.nn.Identity()
+    embeddings = common.predict(model, images, amp).logits
+    model.head = head
+    head.means.copy_(common.class_means(embeddings, labels, len(head.means)))
+    cosines = F.normalize(embeddings, dim=1) @ head.means.T
+    scales = torch.arange(1.0, 65.0, device=cosines.device)
+    losses = torch.stack([F.cross_entropy(s * cosines, labels, label_smoothing=0.1) for s in scales])
+    head.scale.copy_(scales[losses.argmin()])
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.pick_device(args.device)
+    generator = common.seed_everything(args.seed, device)
+    amp = common.Amp(args.amp, device)
+    data = common.load_data(args.dataset, args.data_dir, device, args.quick)
+    split = common.split_data(data, args.train_fraction, args.split_seed)
+    run = common.describe(args, "part4_augmented" if args.augment else "part4", data, split, device, amp)
+    paths = report.start(run)
+
+    head = common.ClassMeans(len(data.classes), EMBEDDING)
+    model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
+    if args.loss == "angular":
+        criterion = AngularLoss(args.alpha_deg, args.npair_weight)
+    else:
+        criterion = MarginLoss(args.loss, len(data.classes), args.margin, args.scale).to(device)
+    steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], args.lr, momentum=0.9, nesterov=True,
+                                weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.2,
+                                                    cycle_momentum=False, div_factor=10, final_div_factor=100)
+    average = common.average_of(model, args.epochs * steps)  # what is tested: its accuracy is steadier than the last
+
+    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler,
+             "criterion": criterion}
+    done, history = common.resume(paths("_state.pt"), args, state, generator) if args.resume else (0, [])
+    some = common.spread(len(split.train_labels), 1000)  # enough for class means on the learning curve
+    for number in range(done, args.epochs):
+        model.train()
+        batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size, generator)
+        epoch = common.Epoch(number, args.epochs, batches, steps)
+        for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
+            images = common.to_float(images)  # (B,3,32,32) in [0,1]
+            if args.augment:
+                images = augment(images, generator, scheduler.last_epoch)
+            with amp.autocast():
+                embeddings = model.outputs(images)  # (B,128)
+            loss = criterion(embeddings, labels)
+            amp.step(loss, optimizer)
+            scheduler.step()
+            average.update_parameters(model)
+            epoch.add(loss, None, labels)
+        fit_head(average.module, split.train_images[some], split.train_labels[some], amp)
+        history.append(epoch.finish(common.watch(average.module, split, amp), scheduler))
+        common.save_state(paths("_state.pt"), args, number + 1, history, state, generator)
+        report.write_history(paths, history, run)
+
+    model = average.module
+    fit_head(model, split.train_images, split.train_labels, amp)
+    passes = common.predict_splits(model, split, data, amp)  # {"train", "evaluation", "test"}: (Prediction, labels)
+    rows = report.clean_rows(run, paths(".pt"), passes)
+    rows += report.clean_umap(paths, run, paths(".pt"), passes)
+    common.save_checkpoint(paths(".pt"), model, run | {"outputs": EMBEDDING, "head": "class_means",
+                                                       "epoch": args.epochs, "metrics": report.headline(rows)})
+    report.write_rows(paths(".csv"), rows)
+    report.write_arrays(paths("_correct.npz"), **{"clean/": report.correct(passes["test"][0].logits, data.test_labels)})
+    report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
+    report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
+    return rows + part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
+
+
+if __name__ == "__main__":
+    arguments.run(main)
