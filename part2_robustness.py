@@ -12,8 +12,6 @@ Writes results/part2.csv, _severities.png, _examples.png, _fgsm.png, _adversaria
 
 import arguments
 
-DEFAULT_PERTURBATIONS = ("gaussian_noise", "salt_and_pepper", "gaussian_blur", "color_jitter", "horizontal_flip",
-                         "vertical_flip", "rotation", "translation", "cutout")
 UMAP_PERTURBATIONS = ("gaussian_noise", "gaussian_blur", "color_jitter", "vertical_flip", "rotation", "cutout")
 AUDIT_ZERO_GRADIENTS = 0.01  # share of images with no gradient at all from which robustness is an illusion
 
@@ -23,11 +21,11 @@ def parse_args(argv=None):
     arguments.add_shared(parser)
     add = parser.add_argument_group("part 2").add_argument
     add("--checkpoint", default="results/part1.pt", help="a checkpoint that a training part wrote")
-    add("--perturbations", nargs="+", default=DEFAULT_PERTURBATIONS, metavar="NAME",
+    add("--perturbations", nargs="+", default=["all"], metavar="NAME",
         help="names from perturbations.py, or all")
-    add("--severities", nargs="+", type=int, choices=range(1, 6), default=(1, 3, 5), metavar="1-5",
+    add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="1-5",
         help="severities to test, for perturbations that have one")
-    add("--eps-255", nargs="+", type=arguments.number(float, 0, 255), default=(0, 1, 2, 4, 8, 16), metavar="EPS",
+    add("--eps-255", nargs="+", type=arguments.number(float, 0, 255), default=[0, 1, 2, 4, 8, 16], metavar="EPS",
         help="attack strengths in 1/255 of the pixel range")
     add("--norm", choices=("inf", "2"), default="inf", help="norm that bounds the attack")
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
