@@ -30,8 +30,8 @@ def parse_args(argv=None):
     add("--norm", choices=("inf", "2"), default="inf", help="norm that bounds the attack")
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
         help="test images to attack, evenly spread")
-    add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=250,
-        help="of these, images for the audit with PGD")
+    add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=100,
+        help="of these, images for the audit with PGD and random noise")
     arguments.from_checkpoint(parser)
     return arguments.parse(parser, argv)
 
@@ -139,7 +139,7 @@ def attack(args, run, model, images, labels, correct, clean_panel, drawn):
             panel = (f"FGSM {eps_255:g}/255", "test", "fgsm", eps_255, features[drawn], clean_panel[1], clean_panel)
         random = (images[few] + eps * noise).clamp(0, 1)
         rows.append(row("random_sign", eps_255, common.predict(model, random, float32).logits.argmax(1), labels[few]))
-    for eps_255 in report.progress(sweep[-2:], "PGD"):
+    for eps_255 in report.progress(sorted({8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
         adversarial = common.pgd(model, images[few], labels[few], eps_255 / 255, norm)
         rows.append(row("pgd", eps_255, common.predict(model, adversarial, float32).logits.argmax(1), labels[few]))
 

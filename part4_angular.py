@@ -12,7 +12,6 @@ import math
 
 import arguments
 
-
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
 EMBEDDING = 128  # numbers
 

@@ -9,9 +9,11 @@ ours are made on the fly. To add a perturbation, write a function under the deco
 """
 
 import functools
+import io
 import math
 import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -119,21 +121,28 @@ def motion_blur(images, level, generator):
 
 @perturbation("blur")
 def pixelate(images, level, generator):
-    """Averages down to a share of the side, then repeats pixels back up."""
-    share = (0.95, 0.9, 0.85, 0.75, 0.65)[level]
-    small = F.interpolate(images, scale_factor=share, mode="area", recompute_scale_factor=True)
-    return F.interpolate(small, size=images.shape[2:], mode="nearest")
+    """Averages down to fewer pixels a side (of 32), then repeats them back up."""
+    height, width = images.shape[2:]
+    share = (28, 24, 20, 16, 12)[level] / 32
+    small = F.interpolate(images, size=(round(share * height), round(share * width)), mode="area")
+    return F.interpolate(small, size=(height, width), mode="nearest-exact")
 
 
 @perturbation("blur")
 def jpeg(images, level, generator):
-    """JPEG compression (libjpeg through torchvision, on the CPU); quality in percent."""
-    from torchvision.io import decode_jpeg, encode_jpeg
+    """JPEG compression (libjpeg through Pillow, on the CPU); quality in percent."""
+    from PIL import Image
 
     quality = (80, 65, 58, 50, 40)[level]
-    pixels = to_uint8(images).cpu()
-    decoded = torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in pixels])
-    return decoded.to(images.device) / 255
+
+    def compress(pixels):  # uint8 (H,W,3)
+        with io.BytesIO() as file:
+            Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+            return np.asarray(Image.open(file))
+
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    compressed = torch.from_numpy(np.stack([compress(image) for image in pixels]))
+    return compressed.permute(0, 3, 1, 2).to(images.device) / 255
 
 
 # ---- color ----------------------------------------------------------------------------------------------------------

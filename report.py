@@ -19,6 +19,7 @@ PART_COLORS = dict(zip(MODELS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), str
 CLASS_COLORS = ("#CC6677", "#332288", "#B8A030", "#117733", "#56B4E9", "#882255", "#44AA99", "#6A6A00", "#AA4499",
                 "#777777")  # Paul Tol's "muted", its two palest darkened
 ATTACKS = ("fgsm", "pgd", "random_sign")
+LOCKS = {}  # path -> open file
 NEIGHBOURS = 20  # of the k-nearest-neighbour measures
 
 
@@ -43,11 +44,33 @@ def start(run, name=None):
             if row[key] != run[key]:
                 raise common.UsageError(f"{folder} holds results on the {what} {row[key]}, this run is on {run[key]}; "
                                         "give another --results-dir, or remove the old results")
+    lock(folder, name or run["part"])
     sizes = ", ".join(f"{n:,} {name}" for name, n in run["sizes"].items())
     print(f"{run['part']}: {run['dataset']}, {len(run['classes'])} classes; images: {sizes}; "
           f"split {run['split_hash']}, seed {run['seed']}\ndevice {run['device']}; mixed precision {run['amp']}",
           flush=True)
     return Paths(folder, name or run["part"])
+
+
+def lock(folder, name):
+    """Holds this process's claim on the files of one part until it ends. Raises UsageError if another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    path = folder / f".{name}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - open until the process ends
+    except OSError as error:
+        raise common.RunError(f"cannot write to {folder}: {error.strerror}; choose another --results-dir") from None
+    LOCKS.pop(path, None)  # a second run in the same process, as tests and notebooks have it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise common.UsageError(f"another run is writing {folder}/{name}.*; wait for it, or give another "
+                                "--results-dir") from None
+    LOCKS[path] = file
 
 
 def row(run, checkpoint, split, condition, severity, head, metric, value, n, interval=("", "")):
@@ -193,8 +216,10 @@ def pyplot():
 def save(figure, path, caption=""):
     """Writes a figure, complete or not at all, with a caption below it."""
     if caption:
-        width = int(figure.get_figwidth() * 17)
-        figure.text(0.5, -0.01, textwrap.fill(caption, width), ha="center", va="top", fontsize=8, color="#444444")
+        figure.canvas.draw()  # places the legend, below which the caption goes
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight() - 0.02
+        text = textwrap.fill(caption, int(figure.get_figwidth() * 17))
+        figure.text(0.5, bottom, text, ha="center", va="top", fontsize=8, color="#444444")
     with common.atomic(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight", metadata={"Software": None})
     pyplot().close(figure)
@@ -211,7 +236,9 @@ def plot_history(path, history, run):
         if not all(math.isnan(h[key]) for h in history):
             right.plot(epochs, [100 * h[key] for h in history], color=color, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    right.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     save(figure, path, f"{run['part']} on {run['dataset']}, seed {run['seed']}: training loss and accuracy.")
 
 
@@ -265,12 +292,13 @@ def umap_panels(paths, run, checkpoint, panels, ending="_umap", columns=4):
     if not run["args"]["no_umap"]:
         try:
             features = common.torch.cat([p[4] for p in panels])
-            points = np.split(common.umap_coordinates(features, run["seed"]), np.cumsum([len(p[4]) for p in panels])[:-1])
+            coordinates = common.umap_coordinates(features, run["seed"])
         except Exception as error:  # numba and umap-learn raise whatever they like
             print(f"UMAP failed ({type(error).__name__}: {error}); no picture, the numbers stand")
             return rows
+        points = np.split(coordinates, np.cumsum([len(p[4]) for p in panels])[:-1])
         labels = [p[5].cpu().numpy() for p in panels]
-        write_arrays(paths(f"{ending}.npz"), coordinates=np.concatenate(points), label=np.concatenate(labels),
+        write_arrays(paths(f"{ending}.npz"), coordinates=coordinates, label=np.concatenate(labels),
                      panel=np.repeat([p[0] for p in panels], [len(p) for p in points]))
         plot_scatters(paths(f"{ending}.png"), titles, points, labels, run, columns)
     return rows
@@ -328,8 +356,8 @@ def plot_severities(path, rows, run):
     names = [n for n in common.PERTURBATIONS if any(r["condition"] == n for r in rows)]
     columns = 5
     lines = math.ceil(len(names) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(9, 1.75 * lines + 0.3), squeeze=False, sharex=True, sharey=True,
-                                layout="constrained")
+    figure, grid = plt.subplots(lines, columns, figsize=(9, 1.75 * lines + 0.3), squeeze=False, sharex=True,
+                                sharey=True, layout="constrained")
     for axes, name in zip(grid.flat, names, strict=False):
         mine = [r for r in rows if r["condition"] == name]
         x = [3 if name in common.NO_SEVERITY else r["severity"] for r in mine]
@@ -352,8 +380,8 @@ def plot_attack(path, rows, run, norm, audit):
     """Accuracy over eps under FGSM, beside PGD and random signs of the same eps, and what the audit found."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
-    for attack, label, color, marker in (("random_sign", "random signs", "#777777", "s"), ("fgsm", "FGSM", "#0072B2", "o"),
-                                         ("pgd", "PGD, 10 steps", "#D55E00", "^")):
+    for attack, label, color, marker in (("random_sign", "random noise of the same size", "#777777", "s"),
+                                         ("fgsm", "FGSM", "#0072B2", "o"), ("pgd", "PGD, 10 steps", "#D55E00", "^")):
         mine = sorted((r for r in rows if r["condition"] == attack and r["metric"] == "accuracy"),
                       key=lambda r: r["severity"])
         if mine:

@@ -92,8 +92,8 @@ def overview(table, models):
             lines.append((f"mean, {title}", lambda r, g=group: r["condition"] in g))
     if seen or held_out:
         lines.append(("mean over perturbations", lambda r: r["condition"] in seen + held_out))
-    lines += [(f"{c.replace('_', ' ')} {eps:g}/255", lambda r, c=c, e=eps: r["condition"] == c and float(r["severity"]) == e)
-              for c, eps in attacks]
+    lines += [(f"{c.replace('_', ' ')} {e:g}/255",
+               lambda r, c=c, e=e: r["condition"] == c and float(r["severity"]) == e) for c, e in attacks]
 
     def cell(value):
         return "-" if np.isnan(value) else report.percent(value)
@@ -137,7 +137,7 @@ def answer(part, table, rows):
         sentence = "" if clean is None else (f"On clean test images {100 * clean['difference']:+.1f} points against "
                                              f"part 1: {clean['verdict']}. ")
         if any(perturbed(r) for r in others):
-            sentence += (f"Mean over perturbations {percent(part, perturbed)} against {percent(REFERENCE, perturbed)}. ")
+            sentence += f"Mean over perturbations {percent(part, perturbed)}, part 1 {percent(REFERENCE, perturbed)}. "
         return sentence + (f"Of {len(others)} perturbed and attacked conditions: {counts}, the rest shows no "
                            "difference." if others else "")
     return None
@@ -163,16 +163,17 @@ def summary(folder, table, models):
              "Severities are averaged; `comparison.csv` has each, with intervals and tests. \"Seen\" families "
              f"({', '.join(common.SEEN_FAMILIES)}) are in part 3's training data, the held-out one "
              f"({', '.join(common.HELD_OUT_FAMILIES)}) never is.", "", markdown_table(header, lines), "",
-             f"\"Better\" and \"worse\" are said where McNemar's exact test on the same images, Holm-corrected over all "
-             f"conditions of a model, gives p < {ALPHA}. They speak of these trained networks, not of other seeds.", ""]
+             "\"Better\" and \"worse\" are said where McNemar's exact test on the same images, Holm-corrected over "
+             f"all conditions of a model, gives p < {ALPHA}. They speak of these trained networks, not of "
+             "other seeds.", ""]
     heads = [r for r in rows if r["metric"] == "accuracy" and r["condition"] == "clean" and r["part"] != "part2"]
-    columns = list(dict.fromkeys((r["split"], r["head"]) for r in heads))
+    by_head = {(r["part"], r["split"], r["head"]): report.percent(r["value"]) for r in heads}
+    columns = list(dict.fromkeys(key[1:] for key in by_head))
     text += ["## Loss or head? Clean accuracy (%) of each head", "",
              "`own` is the part's classifier; `class_means` and `knn` (k = 20) use the backbone's 512-d output and the "
              "training images alone.", "",
              markdown_table(("part", *(f"{s}, {h}" for s, h in columns)), [
-                 (m, *(next((report.percent(r["value"]) for r in heads if (r["part"], r["split"], r["head"]) == (m, s, h)),
-                            "-") for s, h in columns)) for m in models]), ""]
+                 (m, *(by_head.get((m, *column), "-") for column in columns)) for m in models]), ""]
     audits = [r for r in rows if r["metric"].startswith("audit: ")]
     failed = [f"{r['checkpoint']}: {r['metric'].removeprefix('audit: ')}" for r in audits if float(r["value"]) != 1]
     if audits:

@@ -1,0 +1,142 @@
+"""The Angular loss against its definition, a published implementation, hand-worked values and finite differences."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+from part4_angular import AngularLoss, MarginLoss, angular_loss, fit_head, npair_loss
+
+
+def by_definition(embeddings, labels, alpha_deg, sign=1):
+    """The mean over pairs of log(1 + Σ exp f), triplet by triplet. sign = -1: the well-known wrong port."""
+    x = F.normalize(embeddings, dim=1)
+    tan2 = math.tan(math.radians(alpha_deg)) ** 2
+    terms = []
+    for a in range(len(x)):
+        for p in range(len(x)):
+            if a != p and labels[a] == labels[p]:
+                f = [4 * tan2 * (x[a] + x[p]) @ x[n] - sign * 2 * (1 + tan2) * x[a] @ x[p]
+                     for n in range(len(x)) if labels[n] != labels[a]]
+                terms.append(torch.log(1 + torch.stack(f).exp().sum()) if f else x.sum() * 0)
+    return torch.stack(terms).mean()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(14) % 4
+    return torch.randn(4, 6, generator=generator)[labels] * 3 + 2 * torch.randn(14, 6, generator=generator), labels
+
+
+@pytest.mark.parametrize("alpha_deg", [0.01, 20, 36, 45, 55, 65])
+def test_equals_the_definition(batch, alpha_deg):
+    embeddings, labels = batch
+    single = embeddings.clone().requires_grad_(True)
+    double = embeddings.double().requires_grad_(True)
+    value, expected = angular_loss(single, labels, alpha_deg), by_definition(double, labels, alpha_deg)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    value.backward()
+    expected.backward()
+    assert torch.allclose(single.grad.double(), double.grad, rtol=1e-3, atol=1e-5 * double.grad.abs().max())
+    assert value.item() != pytest.approx(by_definition(double, labels, alpha_deg, sign=-1).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("alpha_deg", [36, 45, 55])
+def test_equals_pytorch_metric_learning(alpha_deg):
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    generator = torch.Generator().manual_seed(1)
+    for n, dim in ((20, 8), (60, 32)):
+        embeddings = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
+        labels = torch.randint(5, (n,), generator=generator)
+        ours, theirs = embeddings.clone().requires_grad_(True), embeddings.clone().requires_grad_(True)
+        value, expected = angular_loss(ours, labels, alpha_deg), losses.AngularLoss(alpha_deg)(theirs, labels)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        value.backward()
+        expected.backward()
+        tangent = theirs.grad - (theirs.grad * embeddings).sum(1, keepdim=True) * embeddings  # theirs fixes no length
+        assert torch.allclose(ours.grad, tangent, atol=1e-5 * tangent.abs().max())
+
+
+def test_three_vectors_by_hand():
+    # a = p = (1,0), n = (0,1), alpha = 45°: f = 4·0 - 4·1 for both pairs, so log(1 + e^-4)
+    embeddings, labels = torch.tensor([[1.0, 0], [2.0, 0], [0, 5.0]]), torch.tensor([0, 0, 1])
+    assert angular_loss(embeddings, labels, 45).item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-6)
+    # n = a as well: f = 4·2 - 4
+    embeddings[2] = torch.tensor([3.0, 0])
+    assert angular_loss(embeddings, labels, 45).item() == pytest.approx(math.log1p(math.exp(4)), rel=1e-6)
+
+
+def test_finite_differences(batch):
+    embeddings, labels = batch
+    embeddings = embeddings.requires_grad_(True)
+    gradient = torch.autograd.grad(angular_loss(embeddings, labels, 45), embeddings)[0]
+    direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2))
+    step = 1e-3
+    plus, minus = (by_definition(embeddings.detach().double() + s * direction, labels, 45) for s in (step, -step))
+    assert (gradient * direction).sum().item() == pytest.approx(((plus - minus) / (2 * step)).item(), rel=1e-3)
+
+
+def test_length_of_embeddings_does_not_matter(batch):
+    embeddings, labels = batch
+    lengths = torch.linspace(0.1, 50, len(embeddings)).unsqueeze(1)
+    assert angular_loss(embeddings * lengths, labels, 45).item() == pytest.approx(
+        angular_loss(embeddings, labels, 45).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [1, 1, 1, 1]])
+def test_without_pairs_or_negatives_the_loss_is_zero(labels):
+    embeddings = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    for loss in (angular_loss(embeddings, torch.tensor(labels), 45), npair_loss(embeddings, torch.tensor(labels))):
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        gradient = torch.autograd.grad(loss, embeddings)[0]
+        assert gradient.abs().max() < 1e-6
+
+
+def test_range_of_alpha():
+    embeddings = torch.eye(2).repeat(32, 1)  # the worst case: negatives that coincide
+    labels = torch.tensor([0, 0, 1, 1]).repeat(16)
+    for alpha_deg in (0, 70):
+        value = angular_loss(embeddings.requires_grad_(True), labels, alpha_deg)
+        assert torch.isfinite(value)
+        assert torch.isfinite(torch.autograd.grad(value, embeddings)[0]).all()
+    for alpha_deg in (-1, 70.1, 89.9, math.nan):
+        with pytest.raises(ValueError, match="not in"):
+            angular_loss(embeddings, labels, alpha_deg)
+
+
+def test_npair_by_hand():
+    embeddings, labels = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), torch.tensor([0, 0, 1])
+    assert npair_loss(embeddings, labels).item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+    both = AngularLoss(45, 2.0)(embeddings, labels).item()
+    assert both == pytest.approx(math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(-1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["arcface", "cosface", "sphereface"])
+def test_margins_by_hand(kind):
+    criterion = MarginLoss(kind, classes=2, margin=None, scale=10.0)
+    with torch.no_grad():
+        criterion.centres.zero_()[:, :2] = torch.eye(2)
+    theta = 0.7
+    embedding = torch.zeros(1, criterion.centres.shape[1])
+    embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
+    own = {"arcface": math.cos(theta + 0.2), "cosface": math.cos(theta) - 0.2, "sphereface": math.cos(1.5 * theta)}
+    expected = math.log1p(math.exp(10 * (math.sin(theta) - own[kind])))
+    assert criterion(embedding, torch.tensor([0])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(photos):
+    torch.manual_seed(0)
+    model = common.Model(outputs=16, head=common.ClassMeans(4, 16))
+    labels = torch.arange(40) % 4
+    fit_head(model, photos, labels, common.Amp("off", torch.device("cpu")))
+    with common.eval_mode(model), torch.no_grad():
+        embeddings = F.normalize(model.outputs(common.to_float(photos)), dim=1)
+        logits = model(common.to_float(photos))
+    means = torch.stack([F.normalize(embeddings[labels == c].mean(0), dim=0) for c in range(4)])
+    assert torch.allclose(logits, model.head.scale * embeddings @ means.T, atol=1e-4)
+    assert 1 <= model.head.scale <= 64
+    assert (common.fgsm_direction(model, common.to_float(photos), labels) != 0).flatten(1).any(1).all()

@@ -1,0 +1,95 @@
+"""FGSM through cleverhans against plain torch, and what an attack must leave alone."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+
+
+def plain_gradient(model, images, labels):
+    images = images.clone().requires_grad_(True)
+    return torch.autograd.grad(F.cross_entropy(model(images), labels), images)[0]
+
+
+@pytest.fixture
+def batch(photos):
+    return photos[:12] / 255, torch.arange(12) % 10
+
+
+@pytest.mark.parametrize("eps", [0, 1 / 255, 8 / 255])
+def test_fgsm_equals_plain_torch(small_model, batch, eps):
+    images, labels = batch
+    expected = (images + eps * plain_gradient(small_model, images, labels).sign()).clamp(0, 1)
+    assert torch.equal(common.fgsm(small_model, images, labels, eps), expected)
+
+
+def test_l2_step_is_the_normalized_gradient(small_model, batch):
+    images, labels = batch
+    gradient = plain_gradient(small_model, images, labels)
+    step = 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert torch.allclose(common.fgsm(small_model, images, labels, 0.5, norm=2), (images + step).clamp(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [np.inf, 2])
+def test_one_direction_serves_every_eps(small_model, batch, norm):
+    images, labels = batch
+    direction = common.fgsm_direction(small_model, images, labels, norm, batch_size=12)
+    for eps in (1 / 255, 4 / 255, 16 / 255, 0.5):
+        swept = (images + eps * direction).clamp(0, 1)
+        expected = common.fgsm(small_model, images, labels, eps, norm)
+        assert torch.allclose(swept, expected, rtol=0, atol=0 if norm == np.inf else 1e-5)
+
+
+def test_attacks_leave_the_model_as_it_was(small_model, batch):
+    images, labels = batch
+    small_model.train()
+    small_model.zero_grad()
+    F.cross_entropy(small_model(images), labels).backward()
+    frozen = small_model.backbone.conv1.weight.requires_grad_(False)
+    state = {k: v.clone() for k, v in small_model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in small_model.parameters()]
+    adversarial = common.fgsm(small_model, images, labels, 8 / 255)
+    common.pgd(small_model, images, labels, 8 / 255, steps=2)
+    assert not adversarial.requires_grad
+    assert small_model.training
+    assert not frozen.requires_grad
+    assert all(torch.equal(v, state[k]) for k, v in small_model.state_dict().items())  # batch statistics too
+    for parameter, before in zip(small_model.parameters(), gradients, strict=True):
+        assert (parameter.grad is None and before is None) or torch.equal(parameter.grad, before)
+    frozen.requires_grad_(True)
+    small_model.eval()
+
+
+def test_attack_is_float32_also_under_autocast(small_model, batch):
+    images, labels = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        under = common.fgsm(small_model, images, labels, 8 / 255)
+    assert torch.equal(under, common.fgsm(small_model, images, labels, 8 / 255))
+    assert under.dtype == torch.float32
+
+
+def test_pgd_is_bounded_and_stronger(small_model, batch):
+    images, labels = batch
+    eps = 8 / 255
+    strong, weak = common.pgd(small_model, images, labels, eps), common.fgsm(small_model, images, labels, eps)
+    assert (strong - images).abs().max() <= eps + 1e-6
+    assert strong.min() >= 0
+    assert strong.max() <= 1
+    with torch.no_grad():
+        losses = [F.cross_entropy(small_model(x), labels).item() for x in (images, weak, strong)]
+    assert losses[2] > losses[1] > losses[0]
+
+
+def test_an_image_without_a_gradient_has_no_direction(batch):
+    class Saturated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            return self.weight * F.one_hot(torch.zeros(len(images), dtype=torch.long), 10) * 1e4 + 0 * images.mean()
+
+    images, labels = batch
+    assert (common.fgsm_direction(Saturated(), images, torch.zeros_like(labels)) == 0).all()

@@ -1,0 +1,109 @@
+"""Checkpoints and files: what is written is complete, what is read is checked."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import common
+import report
+
+CPU = torch.device("cpu")
+META = {"classes": [str(c) for c in range(10)], "outputs": 10, "head": "none"}
+
+
+def test_checkpoint_round_trip(tmp_path, small_model, photos):
+    common.save_checkpoint(tmp_path / "a.pt", small_model, META)
+    model, meta = common.load_checkpoint(tmp_path / "a.pt", CPU)
+    assert meta == META
+    assert not model.training
+    with torch.no_grad():
+        assert torch.allclose(model(photos / 255), small_model(photos / 255), atol=1e-5)
+
+
+def test_backbone_loads_into_torchvision(small_model):
+    from torchvision.models import resnet18
+
+    other = resnet18(num_classes=10)
+    other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    other.load_state_dict(small_model.backbone.state_dict(), strict=True)
+    images = torch.rand(2, 3, 32, 32)
+    normalized = (images - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1)
+    with torch.no_grad():
+        assert torch.allclose(other.eval()(normalized), small_model(images), atol=1e-5)
+
+
+def test_features_are_what_the_last_layer_sees(small_model, photos):
+    logits, features = common.predict(small_model, photos, common.Amp("off", CPU), batch_size=16)
+    assert features.shape == (40, 512)
+    assert torch.allclose(small_model.backbone.fc(features), logits, atol=1e-4)
+    assert not small_model.backbone.avgpool._forward_hooks
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in the checkpoint was run')",))
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "text", "truncated", "pickled code", "foreign", "newer",
+                                     "other model", "no meta"])
+def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(tmp_path, small_model, content):
+    path = tmp_path / "x.pt"
+    good = {"format": common.FORMAT, "version": common.VERSION, "meta": META, "model": small_model.state_dict()}
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "truncated":
+        torch.save(good, path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif content == "pickled code":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif content == "foreign":
+        torch.save(small_model.state_dict(), path)
+    elif content == "newer":
+        torch.save(good | {"version": common.VERSION + 1}, path)
+    elif content == "other model":
+        torch.save(good | {"meta": META | {"outputs": 7}}, path)
+    elif content == "no meta":
+        torch.save({k: v for k, v in good.items() if k != "meta"}, path)
+    with pytest.raises(common.UsageError, match="x.pt: ") as error:
+        common.load_checkpoint(path, CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.csv"
+    report.write_rows(path, [{"x": 1.5}])
+    assert path.read_text() == "x\n1.5\n"
+
+    def rows():
+        yield {"x": 2}
+        raise OSError(28, "No space left on device")
+
+    class Full(list):
+        def __iter__(self):
+            return rows()
+
+    with pytest.raises(common.RunError, match="No space left on device; what was there before still stands"):
+        report.write_rows(path, Full([{"x": 2}]))
+    assert path.read_text() == "x\n1.5\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_two_runs_into_the_same_files_are_refused(tmp_path):
+    import subprocess
+    import sys
+
+    code = ("import sys, time; sys.path.insert(0, '.'); import pathlib, report; "
+            f"report.lock(pathlib.Path({str(tmp_path)!r}), 'part1'); print('held', flush=True); time.sleep(60)")
+    from conftest import ROOT
+
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(common.UsageError, match="another run is writing"):
+            report.lock(tmp_path, "part1")
+        report.lock(tmp_path, "part3")  # another part's files are free
+        other.kill()
+    report.lock(tmp_path, "part1")  # and free again once that run is gone

@@ -1,0 +1,218 @@
+"""The four scripts as subprocesses on small real data: what they write, how they resume, what they refuse."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+import report
+
+SMALL = ["--dataset", "digits", "--quick", "--umap-points", "60"]
+
+
+def start(script, *arguments, **options):
+    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], text=True, cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def run(script, *arguments, code=0):
+    return finish(start(script, *arguments), code)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """The four parts in order, as a grader runs them."""
+    folder = tmp_path_factory.mktemp("results")
+    run("part1_baseline", *SMALL, "--results-dir", folder)
+    run("part2_robustness", "--checkpoint", folder / "part1.pt", "--results-dir", folder, "--umap-points", 60,
+        "--attack-images", 50, "--audit-images", 10)
+    run("part3_augmented", *SMALL, "--results-dir", folder)
+    run("part4_angular", *SMALL, "--results-dir", folder)
+    return folder
+
+
+def test_every_part_writes_its_files(results):
+    for part in ("part1", "part3", "part4"):
+        for ending in (".pt", ".csv", "_history.csv", "_history.png", "_confusion.png", "_umap.png", "_umap.npz"):
+            assert (results / f"{part}{ending}").stat().st_size > 0
+    for part in ("part2", "part3_robustness", "part4_robustness"):
+        for ending in (".csv", "_severities.png", "_examples.png", "_fgsm.png", "_adversarial.png", "_umap.png"):
+            assert (results / f"{part}{ending}").stat().st_size > 0
+    for name in ("comparison.csv", "comparison.png", "summary.md"):
+        assert (results / name).stat().st_size > 0
+    assert not [p for p in results.iterdir() if p.name.startswith(".") and p.suffix != ".lock"]  # no temporary file
+
+
+def test_tables_are_tidy_and_of_one_split(results):
+    rows = report.read_all(results)
+    assert {r["part"] for r in rows} == {"part1", "part2", "part3", "part4"}
+    assert {r["dataset"] for r in rows} == {"digits (QUICK)"}
+    assert len({r["split_hash"] for r in rows}) == 1
+    for r in rows:
+        assert tuple(r) == report.COLUMNS
+        if r["metric"] == "accuracy":
+            assert 0 <= float(r["ci_low"]) <= float(r["value"]) <= float(r["ci_high"]) <= 1
+            n = {"evaluation": 200, "test": 250}[r["split"]]
+            assert int(r["n"]) == n or r["condition"] in report.ATTACKS
+
+
+def test_every_perturbation_and_eps_is_in_the_table(results):
+    for name in ("part2", "part3_robustness", "part4_robustness"):
+        found = {(r["condition"], r["severity"]) for r in read(results / f"{name}.csv") if r["metric"] == "accuracy"}
+        wanted = {(n, "" if n in common.NO_SEVERITY else "3") for n in common.PERTURBATIONS}
+        assert found >= wanted | {("fgsm", eps) for eps in ("0", "1", "2", "4", "8", "16")}
+
+
+def test_the_table_is_what_the_checkpoint_does(results):
+    """Independently of the evaluation code: load, classify, count."""
+    data = common.load_data("digits", "data", torch.device("cpu"), quick=True)
+    for part in ("part1", "part3", "part4"):
+        model, meta = common.load_checkpoint(results / f"{part}.pt", "cpu")
+        assert meta["epoch"] == 2
+        with torch.no_grad():
+            logits = model(data.test_images.float() / 255)
+        right = (logits.argmax(1) == data.test_labels).float().mean().item()
+        assert right == pytest.approx(meta["metrics"]["test"], abs=0.02)  # the table was made in bf16
+        row = next(r for r in read(results / f"{part}.csv") if (r["split"], r["head"]) == ("test", "own"))
+        assert float(row["value"]) == pytest.approx(meta["metrics"]["test"], abs=1e-6)
+
+
+def test_comparison_and_summary_name_what_is_there_and_what_is_missing(results):
+    table = read(results / "comparison.csv")
+    assert {r["part"] for r in table} == {"part1", "part3", "part4"}
+    for r in table:
+        significant = r["p_holm"] != "" and float(r["p_holm"]) < 0.05
+        assert (r["verdict"] in ("better", "worse")) == significant
+        assert r["trained_on"] == {"blur": "no", "attack": "", "": ""}.get(r["family"], "yes")
+    text = (results / "summary.md").read_text()
+    assert "digits (QUICK)" in text
+    assert "Missing: part4_augmented." in text
+    assert common.read_meta(results / "part3.pt")["command"] in text
+
+
+def test_one_umap_frame_for_all_conditions_of_a_model(results):
+    with np.load(results / "part2_umap.npz") as file:
+        panels = list(dict.fromkeys(file["panel"]))
+        assert panels[0] == "clean"
+        assert "FGSM 8/255" in panels
+        assert len(file["coordinates"]) == len(file["label"]) == 50 * len(panels)
+        assert np.isfinite(file["coordinates"]).all()
+
+
+def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, tmp_path):
+    for part, name in (("part3", "part3_robustness"), ("part4", "part4_robustness")):
+        run("part2_robustness", "--checkpoint", results / f"{part}.pt", "--results-dir", tmp_path, "--no-umap",
+            "--perturbations", "gaussian_noise", "--eps-255", 0, 8, "--audit-images", 10)
+        first = {(r["condition"], r["severity"]): r["value"] for r in read(results / f"{name}.csv")
+                 if r["metric"] == "accuracy" and r["condition"] != "pgd"}
+        again = {(r["condition"], r["severity"]): r["value"] for r in read(tmp_path / f"{name}.csv")
+                 if r["metric"] == "accuracy" and r["condition"] in ("clean", "gaussian_noise", "fgsm")}
+        assert again
+        assert all(first[key] == value for key, value in again.items())
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".lock"}
+
+
+@pytest.mark.parametrize(("script", "options"), [
+    ("part1_baseline", []), ("part4_angular", ["--augment", "--loss", "cosface"])])
+def test_killed_and_resumed_is_bit_identical(script, options, tmp_path):
+    arguments = [*SMALL, "--no-umap", "--batch-size", "16", *options, "--results-dir"]
+    processes = [start(script, *arguments, tmp_path / name) for name in ("whole", "killed")]
+    name = "part1" if script.startswith("part1") else "part4_augmented"
+    state = tmp_path / "killed" / f"{name}_state.pt"
+    while not state.exists():
+        assert processes[1].poll() is None, finish(processes[1])
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGKILL)
+    processes[1].communicate()
+    assert torch.load(state, weights_only=True)["epoch"] == 1
+    _, err = run(script, *arguments, tmp_path / "killed", "--lr", "0.05", "--resume", code=2)
+    assert "--lr" in err
+    assert state.exists()
+    run(script, *arguments, tmp_path / "killed", "--resume")
+    finish(processes[0])
+    whole, killed = (common.load_checkpoint(tmp_path / n / f"{name}.pt", "cpu")[0].state_dict()
+                     for n in ("whole", "killed"))
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    for ending in (".csv", "_robustness.csv")[: 1 + (name != "part1")]:
+        ours, theirs = (read(tmp_path / n / f"{name}{ending}") for n in ("whole", "killed"))
+        assert [r | {"checkpoint": ""} for r in ours] == [r | {"checkpoint": ""} for r in theirs]
+
+
+@pytest.mark.parametrize(("script", "arguments", "code", "message"), [
+    ("part1_baseline", ["--lr", "nan"], 2, "--lr: 'nan' is not a number in (0, 100]"),
+    ("part1_baseline", ["--epochs", "0"], 2, "--epochs: '0' is not a whole number in [1, 100000]"),
+    ("part1_baseline", ["--train-fraction", "inf"], 2, "--train-fraction"),
+    ("part1_baseline", ["--dataset", "digits", "--train-fraction", "0.001"], 2, "--train-fraction 0.001"),
+    ("part1_baseline", ["--device", "cuda:99"], 2, "--device cuda:99"),
+    ("part1_baseline", ["--dataset", "folder", "--data-dir", "nowhere"], 1, "nowhere/train does not exist"),
+    ("part2_robustness", ["--checkpoint", "nowhere.pt"], 2, "nowhere.pt: no such checkpoint"),
+    ("part2_robustness", ["--checkpoint", "README.md"], 2, "README.md: not a checkpoint"),
+    ("part2_robustness", ["--perturbations", "fog"], 2, "gaussian_noise"),
+    ("part2_robustness", ["--severities", "6"], 2, "--severities"),
+    ("part4_angular", ["--alpha-deg", "80"], 2, "--alpha-deg: '80' is not a number in [0, 70]"),
+])
+def test_wrong_use_is_one_sentence_and_writes_nothing(script, arguments, code, message, tmp_path):
+    _, err = run(script, *arguments, "--results-dir", tmp_path / "new", code=code)
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_data_set_or_split_is_refused_and_nothing_is_touched(results, tmp_path):
+    before = contents(results)
+    _, err = run("part1_baseline", "--dataset", "digits", "--results-dir", results, code=2)
+    assert "holds results on the data set digits (QUICK), this run is on digits" in err
+    _, err = run("part1_baseline", *SMALL, "--split-seed", "1", "--results-dir", results, code=2)
+    assert "split" in err
+    _, err = run("part2_robustness", "--checkpoint", results / "part1.pt", "--split-seed", "1", "--results-dir", tmp_path,
+                 code=2)
+    assert "was trained on the split" in err
+    assert contents(results) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    _, err = run("part1_baseline", *SMALL, "--lr", "100", "--weight-decay", "10", "--epochs", "2", "--batch-size", "2",
+                 "--no-umap", "--results-dir", tmp_path, code=1)
+    assert "in epoch" in err
+    assert "lower --lr" in err
+    assert not (tmp_path / "part1.pt").exists()
+
+
+def test_help_needs_no_torch():
+    for script in ("part1_baseline", "part2_robustness", "part3_augmented", "part4_angular"):
+        code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '--help']; "
+                f"runpy.run_path('{script}.py', run_name='__main__')")
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        assert "default" in result.stdout
+
+
+def test_importing_a_part_does_nothing(tmp_path):
+    code = "import part1_baseline, part2_robustness, part3_augmented, part4_angular"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
