@@ -12,6 +12,8 @@ import math
 import os
 import pickle
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -515,38 +517,41 @@ class Epoch:
         self.bar = tqdm(batches, f"epoch {number + 1:3d}/{epochs}", steps, leave=False, unit="batch",
                         disable=not sys.stderr.isatty())
         self.loss = self.correct = self.seen = self.steps = 0
-        self.start = time.perf_counter()
 
     def __iter__(self):
-        return iter(self.bar)
+        start = time.perf_counter()
+        for batch in self.bar:
+            yield batch
+            if not self.bar.disable and self.steps % 10 == 0:  # syncs with the device, only where a person watches
+                self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}, accuracy {self.correct / self.seen:.3f}, "
+                                         f"{self.seen / (time.perf_counter() - start):.0f} images/s")
+        self.loss = float(self.loss) / self.steps
+        self.rate = self.seen / (time.perf_counter() - start)
+        if not math.isfinite(self.loss):
+            raise RunError(f"the loss became {self.loss} in epoch {self.row['epoch']}; try a lower --lr or --amp off")
 
     def add(self, loss, logits, labels):
         """Counts one batch. logits (B,C) may be None where the loss has none."""
         self.loss, self.steps, self.seen = self.loss + loss.detach(), self.steps + 1, self.seen + len(labels)
-        if logits is not None:
-            self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
-        if not self.bar.disable and self.steps % 10 == 0:  # the only sync, and only for a person who watches
-            self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}, accuracy {self.correct / self.seen:.3f}, "
-                                     f"{self.seen / (time.perf_counter() - self.start):.0f} images/s")
+        self.correct = self.correct + ((logits.detach().argmax(1) == labels).sum() if logits is not None else math.nan)
 
     def finish(self, accuracy, scheduler):
         """The history row; prints it. accuracy: of the averaged weights on a part of the evaluation split."""
-        loss = float(self.loss) / self.steps
-        if not math.isfinite(loss):
-            raise RunError(f"the loss became {loss} in epoch {self.row['epoch']}; try a lower --lr or --amp off")
-        seconds = time.perf_counter() - self.start
-        train_accuracy = float(self.correct) / self.seen if torch.is_tensor(self.correct) else math.nan
-        self.row |= {"loss": loss, "train_accuracy": train_accuracy, "eval_accuracy": accuracy,
-                     "lr": scheduler.get_last_lr()[0], "seconds": seconds}
-        print(f"epoch {self.row['epoch']:3d}  loss {loss:6.3f}  train {train_accuracy:.3f}  "
-              f"evaluation {accuracy:.3f}  {self.seen / seconds:6.0f} images/s", flush=True)
-        return self.row
+        train_accuracy = float(self.correct) / self.seen
+        print(f"epoch {self.row['epoch']:3d}  loss {self.loss:6.3f}  train {train_accuracy:.3f}  "
+              f"evaluation {accuracy:.3f}  {self.rate:6.0f} images/s", flush=True)
+        return self.row | {"loss": self.loss, "train_accuracy": train_accuracy, "eval_accuracy": accuracy,
+                           "lr": scheduler.get_last_lr()[0]}
 
 
 def describe(args, part, data, split, device, amp):
     """What every row of a part's table has in common, and what its checkpoint records about the run."""
     packages = ("torch", "torchvision", "numpy", "cleverhans", "umap-learn")
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                         text=True, check=False) if shutil.which("git") else None
+    if git and git.returncode == 0:
+        versions["commit"] = git.stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {platform.machine()}"
     sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels), "test": len(data.test_labels)}
     return {"part": part, "args": vars(args), "command": " ".join(sys.argv), "dataset": data.name, "sizes": sizes,

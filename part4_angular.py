@@ -60,7 +60,9 @@ def angular_loss(embeddings, labels, alpha_deg):
     similarity, same, pairs = similarities(embeddings, labels)
     # (x_a + x_p)·x_n is S[a,n] + S[p,n], so the sum over negatives is a matrix product: no triplet is laid out.
     pull = torch.exp(4 * tan2 * similarity).masked_fill(same, 0)  # (B,B): 0 where n is no negative of a
-    return mean_over_pairs(pull @ pull.T, 2 * (1 + tan2) * similarity, pairs)
+    with float32(embeddings):
+        negatives = pull @ pull.T
+    return mean_over_pairs(negatives, 2 * (1 + tan2) * similarity, pairs)
 
 
 def npair_loss(embeddings, labels):
@@ -70,9 +72,14 @@ def npair_loss(embeddings, labels):
     return mean_over_pairs(negatives.expand_as(similarity), similarity, pairs)
 
 
+def float32(tensor):
+    """A region without mixed precision, also where the caller is inside one."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def similarities(embeddings, labels):
     """(B,B): the cosines in float32, which rows are of one class, and which of these are pairs of two images."""
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with float32(embeddings):
         x = F.normalize(embeddings.float(), dim=1)
         same = labels.unsqueeze(1) == labels
         return x @ x.T, same, same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)

@@ -61,6 +61,12 @@ def test_equals_pytorch_metric_learning(alpha_deg):
         assert torch.allclose(ours.grad, tangent, atol=1e-5 * tangent.abs().max())
 
 
+def test_is_float32_also_under_autocast(batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        under = angular_loss(*batch, 45)
+    assert torch.equal(under, angular_loss(*batch, 45))
+
+
 def test_three_vectors_by_hand():
     # a = p = (1,0), n = (0,1), alpha = 45°: f = 4·0 - 4·1 for both pairs, so log(1 + e^-4)
     embeddings, labels = torch.tensor([[1.0, 0], [2.0, 0], [0, 5.0]]), torch.tensor([0, 0, 1])

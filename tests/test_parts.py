@@ -186,8 +186,8 @@ def test_another_data_set_or_split_is_refused_and_nothing_is_touched(results, tm
     assert "holds results on the data set digits (QUICK), this run is on digits" in err
     _, err = run("part1_baseline", *SMALL, "--split-seed", "1", "--results-dir", results, code=2)
     assert "split" in err
-    _, err = run("part2_robustness", "--checkpoint", results / "part1.pt", "--split-seed", "1", "--results-dir", tmp_path,
-                 code=2)
+    _, err = run("part2_robustness", "--checkpoint", results / "part1.pt", "--split-seed", "1", "--results-dir",
+                 tmp_path, code=2)
     assert "was trained on the split" in err
     assert contents(results) == before
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,70 @@
+"""Time and memory of our Angular loss against pytorch-metric-learning's, forward and backward, in one run.
+
+    python benchmarks/angular.py
+
+Prints a Markdown table. Memory is the peak of the process above what it held before, measured in a process of its own.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+BATCHES, DIM, CLASSES, ALPHA_DEG = (128, 512, 2048), 128, 10, 45
+TRIPLET_LIMIT = 2e8  # pytorch-metric-learning lays every triplet out; from here on it does not fit
+
+
+def measure(library, batch, repeats, queue):
+    """Puts the median seconds of a forward and backward pass, and the peak memory above the embeddings in MB."""
+    import torch
+
+    from part4_angular import angular_loss
+
+    torch.manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(batch, DIM), dim=1).requires_grad_(True)
+    labels = torch.arange(batch) % CLASSES
+    loss = angular_loss
+    if library:
+        from pytorch_metric_learning.losses import AngularLoss
+
+        theirs = AngularLoss(ALPHA_DEG)
+        loss = lambda x, y, _: theirs(x, y)  # noqa: E731
+    loss(embeddings[:20], labels[:20], ALPHA_DEG).backward()  # loads what is loaded once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        loss(embeddings, labels, ALPHA_DEG).backward()
+        seconds.append(time.perf_counter() - start)
+    queue.put((statistics.median(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def in_a_process_of_its_own(*arguments):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure, args=(*arguments, queue))
+    process.start()
+    process.join()
+    return queue.get() if process.exitcode == 0 else None
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print("| batch | ours, ms | ours, MB | pytorch-metric-learning, ms | MB | ratio of time |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for batch in BATCHES:
+        seconds, memory = in_a_process_of_its_own(False, batch, 5)
+        each = batch // CLASSES
+        theirs = "does not fit | - | -"
+        if batch * each * (batch - each) < TRIPLET_LIMIT and (result := in_a_process_of_its_own(True, batch, 5)):
+            theirs = f"{1000 * result[0]:.0f} | {result[1]:.0f} | {result[0] / seconds:.0f}"
+        print(f"| {batch} | {1000 * seconds:.1f} | {memory:.0f} | {theirs} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

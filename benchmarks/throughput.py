@@ -1,0 +1,173 @@
+"""Images per second of the usual training loop, of ours, and of the bare model step, side by side in one run.
+
+    python benchmarks/throughput.py
+
+(a) usual: float32, NCHW, a DataLoader with two workers and PIL transforms, as most public CIFAR scripts have it.
+(b) ours:  the pipelines of part 1 and part 3.
+(c) bare:  the same model step on one fixed batch, without any data pipeline: the ceiling of (b).
+The three take turns; a figure is the median over the rounds. Random images serve: speed does not depend on them.
+Prints the table and writes it to benchmarks/results/<machine>.md.
+"""
+
+import argparse
+import itertools
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
+    parser.add_argument("--batches", type=int, default=6, help="batches a turn")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torchvision import transforms
+
+    import common
+    from part3_augmented import augment
+
+    device = common.pick_device(args.device)
+    amp, off = common.Amp("auto", device), common.Amp("off", device)
+    generator = common.seed_everything(0, device)
+    n = args.batches * args.batch_size
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(n) % 10
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, perturbed):
+            steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()] if perturbed else []
+            self.arrays = images.permute(0, 2, 3, 1).numpy()
+            self.transform = transforms.Compose([*steps, transforms.ToTensor(),
+                                                 transforms.Normalize(common.MEAN, common.STD)])
+
+        def __len__(self):
+            return n
+
+        def __getitem__(self, i):
+            return self.transform(Image.fromarray(self.arrays[i])), int(labels[i])
+
+    def model(fast):
+        net = common.Model(10).to(device)
+        net = net.to(memory_format=torch.channels_last) if fast else net
+        return net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    slow_net, slow_optimizer = model(False)
+    fast_net, fast_optimizer = model(True)
+    average = common.average_of(fast_net, 1000)
+    on_device, y_device = images.to(device), labels.to(device)
+    step_number = itertools.count()
+
+    def usual(training, perturbed):
+        loader = torch.utils.data.DataLoader(Pictures(perturbed), args.batch_size, shuffle=training,
+                                             num_workers=2, drop_last=training)
+        slow_net.train(training)
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            if training:
+                slow_optimizer.zero_grad()
+                loss = F.cross_entropy(slow_net.backbone(x), y)
+                loss.backward()
+                slow_optimizer.step()
+                loss.item()  # as the usual progress bar does
+            else:
+                with torch.no_grad():
+                    slow_net.backbone(x)
+
+    def step(x, y):
+        with amp.autocast():
+            loss = F.cross_entropy(fast_net(x), y, label_smoothing=0.1)
+        amp.step(loss, fast_optimizer)
+
+    def ours(training, perturbed):
+        if not training:
+            return common.predict(fast_net, on_device, amp, args.batch_size)
+        fast_net.train()
+        for x, y in common.batches(on_device, y_device, args.batch_size, generator):
+            x = common.to_float(x)
+            step(augment(x, generator, next(step_number)) if perturbed else x, y)
+            average.update_parameters(fast_net)
+        return None
+
+    fixed = common.to_float(on_device[: args.batch_size])
+
+    def bare(training, perturbed):
+        fast_net.train(training)
+        for _ in range(args.batches):
+            if training:
+                step(fixed, y_device[: args.batch_size])
+            else:
+                with torch.no_grad(), amp.autocast():
+                    fast_net(fixed)
+
+    def seconds(work, *arguments):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    lines = ["| | usual (a) | ours (b) | bare step (c) | b / a | b / c |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for title, *what in (("training, part 1", True, False), ("training, part 3", True, True),
+                         ("inference", False, False)):
+        contestants = (usual, ours, bare)
+        for contestant in contestants:
+            contestant(*what)
+        times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
+        a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
+        lines.append(f"| {title} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
+    rate = n / statistics.median(seconds(common.predict, fast_net, on_device, amp) for _ in range(args.rounds))
+    lines += ["", "| test-time work | images/s | against inference |", "| --- | ---: | ---: |"]
+    block = on_device[:1].repeat(500, 1, 1, 1)  # what `perturb` makes at a time
+    for name in common.PERTURBATIONS:
+        speed = len(block) / min(seconds(common.perturb, block, name, 3) for _ in range(args.rounds))
+        lines.append(f"| {name.replace('_', ' ')} | {speed:.0f} | {rate / speed:.1%} of its time |")
+    few, y = common.to_float(on_device[: args.batch_size]), y_device[: args.batch_size]
+    exact = args.batch_size / min(seconds(common.predict, fast_net, few, off) for _ in range(args.rounds))
+    fgsm = args.batch_size / min(seconds(common.fgsm_direction, fast_net, few, y) for _ in range(args.rounds))
+    lines += [f"| inference, float32 | {exact:.0f} | |", f"| FGSM direction, float32 | {fgsm:.0f} | |"]
+    features = torch.randn(10_000, 512, device=device) + 3 * torch.randn(10, 512, device=device).repeat(1000, 1)
+    cold, warm = (seconds(common.umap_coordinates, features, 0) for _ in range(2))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    gpu = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores, {processor()}"
+    text = "\n".join([
+        f"# {name}", "",
+        f"torch {torch.__version__}, numpy {np.__version__}, mixed precision {amp.name}, batch {args.batch_size}, "
+        f"medians of {args.rounds} rounds of {args.batches} batches.", "", *lines, "",
+        f"UMAP of 10,000 × 512: {cold:.1f} s cold, {warm:.1f} s warm. Peak memory {memory:.1f} GiB{gpu}.", ""])
+    print(text)
+    path = Path(__file__).parent / "results" / f"{name.replace(',', '').replace(' ', '-').lower()}.md"
+    with common.atomic(path) as temporary:
+        temporary.write_text(text)
+    print(f"Written to {path}")
+
+
+def processor():
+    """The processor's name and family, as Linux tells them."""
+    try:
+        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
+    except (OSError, KeyError):
+        return platform.machine()
+
+
+if __name__ == "__main__":
+    main()
