@@ -352,6 +352,7 @@ def plot_examples(path, rows, run, what):
 def plot_severities(path, rows, run):
     """Accuracy over severity, one panel a perturbation, with the clean accuracy as a line."""
     plt = pyplot()
+    rows = [r for r in rows if r["metric"] == "accuracy"]
     clean = next(r for r in rows if r["condition"] == "clean")
     names = [n for n in common.PERTURBATIONS if any(r["condition"] == n for r in rows)]
     columns = 5
