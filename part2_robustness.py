@@ -63,6 +63,7 @@ def main(argv=None):
     images, labels = data.test_images, data.test_labels  # uint8 (N,3,32,32), int64 (N,)
     attacked = common.spread(len(labels), args.attack_images)  # positions of the images to attack,
     drawn = common.spread(len(attacked), args.umap_points)  # and, of these, of the images in the UMAP
+    shown = attacked[common.spread(len(attacked), 10)]  # and in the pictures
     clock = report.Clock()
 
     clean = common.predict(model, images, amp)
@@ -70,7 +71,7 @@ def main(argv=None):
     panels = [("clean", "test", "clean", "", *clean_panel, clean_panel)]
     correct = {"clean/": report.correct(clean.logits, labels)}
     rows = [report.accuracy_row(run, args.checkpoint, "test", "clean", "", "own", clean.logits.argmax(1), labels)]
-    examples = [("clean", images[attacked[:10]])]
+    examples = [("clean", images[shown])]
     conditions = [(n, s) for n in names for s in (args.severities if n not in common.NO_SEVERITY else [""])]
     for name, severity in report.progress(conditions, "perturbations"):
         perturbed = common.perturb(images, name, severity or 1)  # the same pixels for every model
@@ -79,13 +80,13 @@ def main(argv=None):
         rows.append(report.accuracy_row(run, args.checkpoint, "test", name, severity, "own", logits.argmax(1), labels))
         if severity in ("", max(args.severities)):
             title = f"{name.replace('_', ' ')} {severity}".strip()
-            examples.append((title, perturbed[attacked[:10]]))
+            examples.append((title, perturbed[shown]))
             if name in UMAP_PERTURBATIONS:
                 panels.append((title, "test", name, severity, features[attacked[drawn]], clean_panel[1], clean_panel))
     clock.stop("perturbations")
 
-    audit, attack_rows, panel, shown = attack(args, run, model, common.to_float(images[attacked]), labels[attacked],
-                                              correct, clean_panel, drawn)
+    audit, attack_rows, panel, adversarial = attack(
+        args, run, model, common.to_float(images[attacked]), labels[attacked], correct, clean_panel, drawn)
     rows += attack_rows
     panels.append(panel)
     clock.stop("attacks")
@@ -96,7 +97,7 @@ def main(argv=None):
     report.write_arrays(paths("_correct.npz"), **correct)
     report.plot_severities(paths("_severities.png"), rows, run)
     report.plot_examples(paths("_examples.png"), examples, run, f"Perturbations at severity {max(args.severities)}")
-    report.plot_examples(paths("_adversarial.png"), shown, run, "FGSM: attacked images")
+    report.plot_examples(paths("_adversarial.png"), adversarial, run, "FGSM: attacked images")
     report.plot_attack(paths("_fgsm.png"), rows, run, args.norm, audit)
     clock.stop("tables and plots")
     report.print_accuracies(f"{args.checkpoint} on the test set", rows)
@@ -124,7 +125,7 @@ def attack(args, run, model, images, labels, correct, clean_panel, drawn):
     direction = common.fgsm_direction(model, images, labels, norm)  # of the loss's growth; one for all eps
     noise = torch.randn(images[few].shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     noise = noise.sign() if norm == np.inf else noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    rows, shown, panel, largest, fooled = [], [], None, 0.0, {}
+    rows, examples, panel, largest, fooled = [], [], None, 0.0, {}
     for eps_255 in report.progress(sweep, "FGSM"):
         eps = eps_255 / 255
         adversarial = (images + eps * direction).clamp(0, 1)
@@ -134,7 +135,7 @@ def attack(args, run, model, images, labels, correct, clean_panel, drawn):
         correct[f"fgsm/{eps_255}"] = report.correct(logits, labels)
         size = (adversarial - images).flatten(1).norm(norm, dim=1).max().item()
         largest = max(largest, size - eps)
-        shown.append((f"FGSM {eps_255:g}/255", adversarial[:10]))
+        examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
         if panel is None and (eps_255 >= 8 or eps_255 == sweep[-1]):
             panel = (f"FGSM {eps_255:g}/255", "test", "fgsm", eps_255, features[drawn], clean_panel[1], clean_panel)
         random = (images[few] + eps * noise).clamp(0, 1)
@@ -157,7 +158,7 @@ def attack(args, run, model, images, labels, correct, clean_panel, drawn):
                           f"{report.percent(r['value'])} against {report.percent(mine)} %", passed))
     rows += [report.row(run, args.checkpoint, "test", "fgsm", "", "own", f"audit: {name}", float(passed), len(labels))
              for name, _, passed in audit]
-    return audit, rows, panel, shown
+    return audit, rows, panel, examples
 
 
 if __name__ == "__main__":

@@ -216,10 +216,8 @@ def pyplot():
 def save(figure, path, caption=""):
     """Writes a figure, complete or not at all, with a caption below it."""
     if caption:
-        figure.canvas.draw()  # places the legend, below which the caption goes
-        bottom = figure.get_tightbbox().y0 / figure.get_figheight() - 0.02
-        text = textwrap.fill(caption, int(figure.get_figwidth() * 17))
-        figure.text(0.5, bottom, text, ha="center", va="top", fontsize=8, color="#444444")
+        text = textwrap.fill(caption, int(figure.get_figwidth() * 15))
+        figure.text(0.5, -0.01, text, ha="center", va="top", fontsize=8, color="#444444")
     with common.atomic(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight", metadata={"Software": None})
     pyplot().close(figure)
@@ -328,7 +326,7 @@ def plot_scatters(path, titles, points, labels, run, columns):
         axes.set_visible(False)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=name)
                for color, name in zip(colors, classes, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5 if columns < 3 else 10, len(classes)),
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5 if columns < 3 else 10, len(classes)),
                   fontsize=8, handletextpad=0.1, columnspacing=1.0)
     save(figure, path, f"{run['part']} on {run['dataset']}: UMAP of the backbone's 512-d output, n = {len(points[0])} "
          "images a panel, all panels in one fit. The axes have no unit; maps of different models are not comparable, "

@@ -85,6 +85,7 @@ def overview(table, models):
     seen = [c for c, f in families.items() if f in common.SEEN_FAMILIES]
     held_out = [c for c, f in families.items() if f in common.HELD_OUT_FAMILIES]
     attacks = sorted({(r["condition"], float(r["severity"])) for r in table if r["family"] == "attack"})
+    attacks = [(c, e) for c, e in attacks if e > 0 and (c != "random_sign" or ("pgd", e) in attacks)]
     lines = [("clean", lambda r: r["condition"] == "clean")]
     for group, title in ((seen, "seen family"), (held_out, "held-out family")):
         lines += [(f"{c.replace('_', ' ')} ({families[c]})", lambda r, c=c: r["condition"] == c) for c in group]
@@ -121,10 +122,10 @@ def answer(part, table, rows):
         mine = [r for r in table if r["part"] == REFERENCE and perturbed(r)]
         if mine:
             worst = min(mine, key=lambda r: r["accuracy"])
+            name = f"{worst['condition'].replace('_', ' ')} {worst['severity']}".strip()
             sentence = (f"Accuracy is {percent(REFERENCE, lambda r: r['condition'] == 'clean')} on clean images and "
                         f"{percent(REFERENCE, perturbed)} in the mean over perturbations; lowest under "
-                        f"{worst['condition'].replace('_', ' ')} {worst['severity']} "
-                        f"({report.percent(worst['accuracy'])} %)")
+                        f"{name} ({report.percent(worst['accuracy'])} %)")
             attacks = {float(r["severity"]): r for r in table if r["part"] == REFERENCE and r["condition"] == "fgsm"}
             return sentence + "".join(f"; FGSM at {eps:g}/255 leaves {report.percent(attacks[eps]['accuracy'])} %"
                                       for eps in (1, 8) if eps in attacks) + "."
@@ -159,10 +160,11 @@ def summary(folder, table, models):
         else:
             missing.append(part)
     header, *lines = overview(table, models)
+    severities = ", ".join(sorted({r["severity"] for r in table if r["family"] not in ("", "attack")} - {""}))
     text += ["## Accuracy on the test set (%)", "",
-             "Severities are averaged; `comparison.csv` has each, with intervals and tests. \"Seen\" families "
-             f"({', '.join(common.SEEN_FAMILIES)}) are in part 3's training data, the held-out one "
-             f"({', '.join(common.HELD_OUT_FAMILIES)}) never is.", "", markdown_table(header, lines), "",
+             f"Means over severities (tested: {severities or 'none yet'}); `comparison.csv` has each, with intervals "
+             f"and tests. \"Seen\" families ({', '.join(common.SEEN_FAMILIES)}) are in part 3's training data, the "
+             f"held-out one ({', '.join(common.HELD_OUT_FAMILIES)}) never is.", "", markdown_table(header, lines), "",
              "\"Better\" and \"worse\" are said where McNemar's exact test on the same images, Holm-corrected over "
              f"all conditions of a model, gives p < {ALPHA}. They speak of these trained networks, not of "
              "other seeds.", ""]
@@ -212,5 +214,5 @@ def plot_comparison(path, table, models, dataset):
         if c in common.FAMILY else "") for c in order])
     left.set(xlabel="test accuracy (%), mean over severities", xlim=(0, 100))
     right.set(xlabel="FGSM eps (1/255)", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    figure.legend(loc="outside lower center", ncols=len(models), fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(models), fontsize=8)
     report.save(figure, path, f"{dataset}, test images, 95 % intervals under attack.")
