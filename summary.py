@@ -11,6 +11,7 @@ REFERENCE = "part1"  # what every other model is compared with, on the same imag
 ALPHA = 0.05  # of Holm's correction over the whole table of one model
 COLUMNS = ("condition", "severity", "family", "trained_on", "part", "accuracy", "ci_low", "ci_high", "n",
            "difference", "p_holm", "verdict")
+NONE = np.zeros(0, bool)
 QUESTIONS = {
     "part1": "How well does the network generalize from one fifth of the training data?",
     "part2": "How robust is it to perturbed and attacked test images?",
@@ -53,8 +54,9 @@ def comparison(folder):
     table = []
     for part in report.MODELS:
         mine = [key for key in accuracy if key[2] == part]
-        tested = [k for k in mine if part != REFERENCE and k in correct and (*k[:2], REFERENCE) in correct]
-        p_values = [common.mcnemar(correct[k], correct[*k[:2], REFERENCE]) for k in tested]
+        pairs = {k: (correct.get(k, NONE), correct.get((*k[:2], REFERENCE), NONE)) for k in mine if part != REFERENCE}
+        tested = [k for k, (ours, theirs) in pairs.items() if 0 < len(ours) == len(theirs)]  # the same images
+        p_values = [common.mcnemar(*pairs[k]) for k in tested]
         adjusted = dict(zip(tested, common.holm(p_values), strict=True))
         for key in mine:
             condition, severity, _ = key

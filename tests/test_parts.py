@@ -43,8 +43,7 @@ def results(tmp_path_factory):
     """The four parts in order, as a grader runs them."""
     folder = tmp_path_factory.mktemp("results")
     run("part1_baseline", *SMALL, "--results-dir", folder)
-    run("part2_robustness", "--checkpoint", folder / "part1.pt", "--results-dir", folder, "--umap-points", 60,
-        "--attack-images", 50, "--audit-images", 10)
+    run("part2_robustness", "--checkpoint", folder / "part1.pt", "--results-dir", folder, "--umap-points", 60)
     run("part3_augmented", *SMALL, "--results-dir", folder)
     run("part4_angular", *SMALL, "--results-dir", folder)
     return folder
@@ -121,7 +120,7 @@ def test_one_umap_frame_for_all_conditions_of_a_model(results):
 def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, tmp_path):
     for part, name in (("part3", "part3_robustness"), ("part4", "part4_robustness")):
         run("part2_robustness", "--checkpoint", results / f"{part}.pt", "--results-dir", tmp_path, "--no-umap",
-            "--perturbations", "gaussian_noise", "--eps-255", 0, 8, "--audit-images", 10)
+            "--perturbations", "gaussian_noise", "--eps-255", 0, 8)
         first = {(r["condition"], r["severity"]): r["value"] for r in read(results / f"{name}.csv")
                  if r["metric"] == "accuracy" and r["condition"] != "pgd"}
         again = {(r["condition"], r["severity"]): r["value"] for r in read(tmp_path / f"{name}.csv")
