@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 import common
 
@@ -98,7 +100,7 @@ def clean_rows(run, checkpoint, passes):
         (logits, features), labels = passes[split]
         predicted = logits.argmax(1)
         heads = {"own": predicted,
-                 "class_means": (common.F.normalize(features, dim=1) @ means.T).argmax(1),
+                 "class_means": (F.normalize(features, dim=1) @ means.T).argmax(1),
                  "knn": common.knn_predict(train.features, train_labels, features, NEIGHBOURS)}
         rows += [accuracy_row(run, checkpoint, split, "clean", "", head, p, labels) for head, p in heads.items()]
         rows.append(row(run, checkpoint, split, "clean", "", "own", "calibration_error",
@@ -289,7 +291,7 @@ def umap_panels(paths, run, checkpoint, panels, ending="_umap", columns=4):
         titles.append(f"{title}\n20-NN {percent(rows[-2]['value'])} %, silhouette {width:.2f}")
     if not run["args"]["no_umap"]:
         try:
-            features = common.torch.cat([p[4] for p in panels])
+            features = torch.cat([p[4] for p in panels])
             coordinates = common.umap_coordinates(features, run["seed"])
         except Exception as error:  # numba and umap-learn raise whatever they like
             print(f"UMAP failed ({type(error).__name__}: {error}); no picture, the numbers stand")
