@@ -61,7 +61,7 @@ def add_shared(parser):
         help="mixed precision; auto: bf16 where this machine is faster with it, fp16 on older CUDA, else off")
     add("--umap-points", type=number(int, 50, 100_000), default=1000, help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
-    add("--quick", action="store_true", help="every code path in seconds: 25 images of each class, 2 epochs; "
+    add("--quick", action="store_true", help="every code path in seconds: 10 images of each class, 2 epochs; "
         "all outputs are marked QUICK")
 
 

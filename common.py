@@ -35,7 +35,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's 
 SIZE = 32  # side of every image, pixels
 HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
-QUICK_PER_CLASS = 25
+QUICK_PER_CLASS = 10
 FORMAT, VERSION = "small-data-robustness checkpoint", 1
 
 # ---- seed, device, mixed precision ----------------------------------------------------------------------------------
