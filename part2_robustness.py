@@ -25,6 +25,7 @@ def parse_args(argv=None):
         help="names from perturbations.py, or all")
     add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="1-5",
         help="severities to test, for perturbations that have one")
+    add("--cifar10c", metavar="DIR", help="also test on CIFAR-10-C: the published <corruption>.npy and labels.npy")
     add("--eps-255", nargs="+", type=arguments.number(float, 0, 255), default=[0, 1, 2, 4, 8, 16], metavar="EPS",
         help="attack strengths in 1/255 of the pixel range")
     add("--norm", choices=("inf", "2"), default="inf", help="norm that bounds the attack")
@@ -85,6 +86,10 @@ def main(argv=None):
             examples.append((title, perturbed[shown]))
             if name in UMAP_PERTURBATIONS:
                 panels.append((title, "test", name, severity, features[attacked[drawn]], clean_panel[1], clean_panel))
+    for name, severity, corrupted, truth in common.cifar10c(args.cifar10c, device) if args.cifar10c else ():
+        right = common.predict(model, corrupted, amp).logits.argmax(1)
+        rows.append(report.accuracy_row(run, args.checkpoint, "test", f"cifar10c {name}", severity, "own", right, truth))
+        correct[f"cifar10c {name}/{severity}"] = (right == truth).cpu().numpy()
     clock.stop("perturbations")
 
     audit, attack_rows, panel, adversarial = attack(

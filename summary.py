@@ -62,10 +62,11 @@ def comparison(folder):
             condition, severity, _ = key
             row, reference = accuracy[key], accuracy.get((condition, severity, REFERENCE))
             difference = float(row["value"]) - float(reference["value"]) if key in adjusted else ""
-            family = common.FAMILY.get(condition, "attack" if condition in report.ATTACKS else "")
+            family = common.FAMILY.get(condition, "attack" if condition in report.ATTACKS
+                                       else "CIFAR-10-C" if condition.startswith("cifar10c ") else "")
             verdict = "" if key not in adjusted else "no difference shown" if adjusted[key] >= ALPHA else (
                 "better" if difference > 0 else "worse")
-            trained_on = "" if family in ("", "attack") else "yes" if family in common.SEEN_FAMILIES else "no"
+            trained_on = "" if condition not in common.FAMILY else "yes" if family in common.SEEN_FAMILIES else "no"
             table.append(dict(zip(COLUMNS, (
                 condition, severity, family, trained_on, part, float(row["value"]), float(row["ci_low"]),
                 float(row["ci_high"]), int(row["n"]), difference, adjusted.get(key, ""), verdict), strict=True)))
@@ -86,11 +87,12 @@ def overview(table, models):
     families = {r["condition"]: r["family"] for r in table}
     seen = [c for c, f in families.items() if f in common.SEEN_FAMILIES]
     held_out = [c for c, f in families.items() if f in common.HELD_OUT_FAMILIES]
+    published = [c for c, f in families.items() if f == "CIFAR-10-C"]
     attacks = sorted({(r["condition"], float(r["severity"])) for r in table if r["family"] == "attack"})
     attacks = [(c, e) for c, e in attacks if e > 0 and (c != "random_sign" or ("pgd", e) in attacks)]
     lines = [("clean", lambda r: r["condition"] == "clean")]
-    for group, title in ((seen, "seen family"), (held_out, "held-out family")):
-        lines += [(f"{c.replace('_', ' ')} ({families[c]})", lambda r, c=c: r["condition"] == c) for c in group]
+    for group, title in ((seen, "seen family"), (held_out, "held-out family"), (published, "CIFAR-10-C")):
+        lines += [(c.replace("_", " ") + f" ({families[c]})" * (group != published), lambda r, c=c: r["condition"] == c) for c in group]
         if group:
             lines.append((f"mean, {title}", lambda r, g=group: r["condition"] in g))
     if seen or held_out:
@@ -99,16 +101,27 @@ def overview(table, models):
                lambda r, c=c, e=e: r["condition"] == c and float(r["severity"]) == e) for c, e in attacks]
 
     def cell(value):
-        return "-" if np.isnan(value) else report.percent(value)
+        return report.percent(value) if np.isfinite(value) else "-"
 
-    return [("condition", *(f"{m} ({report.MODELS[m]})" for m in models))] + [
-        (title, *(cell(mean(table, m, wanted)) for m in models)) for title, wanted in lines]
+    result = [(title, *(cell(mean(table, m, wanted)) for m in models)) for title, wanted in lines]
+    if seen or held_out:
+        def errors(model):
+            return [1 - mean(table, model, lambda r, c=c: r["condition"] == c) for c in seen + held_out]
+
+        reference, at = errors(REFERENCE), [title for title, *_ in result].index("mean over perturbations") + 1
+        result[at:at] = [
+            ("… relative to clean", *(cell(mean(table, m, lambda r: r["condition"] in seen + held_out)
+                                           / mean(table, m, lambda r: r["condition"] == "clean")) for m in models)),
+            ("mean corruption error, part1 = 100",
+             *(cell(np.mean([ours / theirs if theirs else np.nan for ours, theirs in zip(errors(m), reference,
+                                                                                        strict=True)])) for m in models))]
+    return [("condition", *(f"{m} ({report.MODELS[m]})" for m in models)), *result]
 
 
 def answer(part, table, rows):
     """One sentence, made from the numbers; None where they are not there."""
     def perturbed(r):
-        return r["family"] not in ("", "attack")
+        return r["condition"] in common.FAMILY
 
     def percent(model, wanted):
         return f"{100 * mean(table, model, wanted):.1f} %"
@@ -162,7 +175,7 @@ def summary(folder, table, models):
         else:
             missing.append(part)
     header, *lines = overview(table, models)
-    severities = ", ".join(sorted({r["severity"] for r in table if r["family"] not in ("", "attack")} - {""}))
+    severities = ", ".join(sorted({r["severity"] for r in table if r["condition"] in common.FAMILY} - {""}))
     text += ["## Accuracy on the test set (%)", "",
              f"Means over severities (tested: {severities or 'none yet'}); `comparison.csv` has each, with intervals "
              f"and tests. \"Seen\" families ({', '.join(common.SEEN_FAMILIES)}) are in part 3's training data, the "

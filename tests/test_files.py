@@ -107,3 +107,32 @@ def test_two_runs_into_the_same_files_are_refused(tmp_path):
         report.lock(tmp_path, "part3")  # another part's files are free
         other.kill()
     report.lock(tmp_path, "part1")  # and free again once that run is gone
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    import subprocess
+    import sys
+    import time
+
+    from conftest import ROOT
+
+    path = tmp_path / "state.pt"
+    code = ("import sys, torch; sys.path.insert(0, '.'); import common\n"
+            f"while True: common._save({str(path)!r}, {{'format': common.FORMAT, 'version': common.VERSION, "
+            "'weights': torch.ones(2_000_000)})")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as writer:
+        while not path.exists():
+            time.sleep(0.01)
+        for _ in range(20):
+            time.sleep(0.013)
+            assert common._load(path, CPU)["weights"].sum() == 2_000_000  # whole at every moment while it is replaced
+        writer.kill()
+    assert common._load(path, CPU)["weights"].sum() == 2_000_000
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.RunError, match="cannot write to .*file.*choose another --results-dir"):
+        report.lock(tmp_path / "file", "part1")
+    with pytest.raises(common.RunError, match="cannot write .*a.csv.*choose another --results-dir"):
+        report.write_rows(tmp_path / "file" / "a.csv", [{"x": 1}])

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import common
 import report
@@ -18,8 +21,8 @@ import report
 SMALL = ["--dataset", "digits", "--quick", "--umap-points", "60"]
 
 
-def start(script, *arguments, **options):
-    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], text=True, cwd=ROOT,
+def start(script, *arguments, cwd=ROOT, **options):
+    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], text=True, cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -29,8 +32,8 @@ def finish(process, code=0):
     return out, err
 
 
-def run(script, *arguments, code=0):
-    return finish(start(script, *arguments), code)
+def run(script, *arguments, code=0, **options):
+    return finish(start(script, *arguments, **options), code)
 
 
 def read(path):
@@ -129,6 +132,30 @@ def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, 
         assert all(first[key] == value for key, value in again.items())
 
 
+def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
+    data = common.load_data("digits", "data", torch.device("cpu"), quick=True)
+    pixels = data.test_images[:20].permute(0, 2, 3, 1).numpy()
+    tree = tmp_path / "CIFAR-10-C"
+    tree.mkdir()
+    np.save(tree / "labels.npy", np.tile(data.test_labels[:20].numpy(), 5).astype(np.uint8))
+    np.save(tree / "fog.npy", np.concatenate([pixels, 255 - pixels, pixels, pixels // 2, pixels]))
+    arguments = ["--checkpoint", results / "part3.pt", "--no-umap", "--perturbations", "horizontal_flip", "--eps-255", 0]
+    run("part2_robustness", *arguments, "--results-dir", tmp_path / "out", "--cifar10c", tree)
+    rows = {r["severity"]: r for r in read(tmp_path / "out/part3_robustness.csv") if r["condition"] == "cifar10c fog"}
+    assert list(rows) == ["1", "2", "3", "4", "5"]
+    assert rows["1"]["value"] == rows["3"]["value"] == rows["5"]["value"]
+    model, _ = common.load_checkpoint(results / "part3.pt", "cpu")
+    for severity, images in (("1", data.test_images[:20]), ("2", 255 - data.test_images[:20])):
+        with torch.no_grad():
+            right = (model(images / 255).argmax(1) == data.test_labels[:20]).float().mean().item()
+        assert float(rows[severity]["value"]) == pytest.approx(right, abs=0.051)  # the table is in bf16
+    assert "fog" in (tmp_path / "out/summary.md").read_text()
+    np.save(tree / "snow.npy", pixels)
+    _, err = run("part2_robustness", *arguments, "--results-dir", tmp_path / "no", "--cifar10c", tree, code=2)
+    assert "snow.npy is uint8 (20, 32, 32, 3)" in err
+    assert not (tmp_path / "no" / "part3_robustness.csv").exists()
+
+
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".lock"}
 
@@ -147,25 +174,61 @@ def kill(process):
 @pytest.mark.parametrize(("script", "name", "options"), [
     ("part1_baseline", "part1", []), ("part4_angular", "part4_augmented", ["--augment", "--loss", "cosface"])])
 def test_killed_and_resumed_is_bit_identical(script, name, options, tmp_path):
-    arguments = [*SMALL, "--no-umap", "--batch-size", "4", *options, "--results-dir"]
-    whole, killed = (start(script, *arguments, tmp_path / name) for name in ("whole", "killed"))
-    state = tmp_path / "killed" / f"{name}_state.pt"
-    wait_for(state, killed)
+    arguments = [*SMALL, "--no-umap", "--batch-size", "4", *options]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, killed = (start(script, *arguments, cwd=tmp_path / n) for n in ("whole", "killed"))
+    ours, theirs = (tmp_path / n / "results" for n in ("whole", "killed"))
+    wait_for(theirs / f"{name}_state.pt", killed)
     kill(killed)
-    assert torch.load(state, weights_only=True)["epoch"] == 1
-    _, err = run(script, *arguments, tmp_path / "killed", "--lr", "0.05", "--resume", code=2)
+    assert torch.load(theirs / f"{name}_state.pt", weights_only=True)["epoch"] == 1
+    _, err = run(script, *arguments, "--lr", "0.05", "--resume", code=2, cwd=tmp_path / "killed")
     assert "--lr" in err
-    killed = start(script, *arguments, tmp_path / "killed", "--resume")
-    for process, folder in ((whole, "whole"), (killed, "killed")):
-        wait_for(tmp_path / folder / f"{name}.csv", process)  # part 4 would go on with part 2
+    killed = start(script, *arguments, "--resume", cwd=tmp_path / "killed")
+    for process, folder in ((whole, ours), (killed, theirs)):
+        wait_for(folder / f"{name}.csv", process)  # part 4 would go on with part 2
         kill(process)
-    ours, theirs = (common.load_checkpoint(tmp_path / n / f"{name}.pt", "cpu")[0].state_dict()
-                    for n in ("whole", "killed"))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert (tmp_path / "whole" / f"{name}_history.csv").read_bytes() == (
-        tmp_path / "killed" / f"{name}_history.csv").read_bytes()
-    ours, theirs = (read(tmp_path / n / f"{name}.csv") for n in ("whole", "killed"))
-    assert [r | {"checkpoint": ""} for r in ours] == [r | {"checkpoint": ""} for r in theirs]
+    weights = [common.load_checkpoint(folder / f"{name}.pt", "cpu")[0].state_dict() for folder in (ours, theirs)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    for ending in (".csv", "_history.csv"):  # to the byte
+        assert (ours / f"{name}{ending}").read_bytes() == (theirs / f"{name}{ending}").read_bytes()
+
+
+def test_ctrl_c_prints_the_command_that_continues(tmp_path):
+    process = start("part1_baseline", *SMALL, "--results-dir", tmp_path)
+    wait_for(tmp_path / "part1_state.pt", process)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert "to continue: python" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+
+
+def test_a_full_disk_is_one_sentence_and_earlier_results_stand(results, tmp_path):
+    """A limit on the size of a file stands for the full disk."""
+    shutil.copy(results / "part1.csv", tmp_path)
+    before = contents(tmp_path)
+    _, err = run("part1_baseline", *SMALL, "--results-dir", tmp_path, code=1,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))
+    assert "cannot write" in err
+    assert "what was there before still stands" in err
+    assert "Traceback" not in err
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_three_classes_goes_through_training_attack_and_tables(tmp_path):
+    random = np.random.RandomState(0)
+    for split in ("train", "test"):
+        for c in range(3):
+            (tmp_path / "data" / split / f"class {c}").mkdir(parents=True)
+            for i in range(12):
+                pixels = random.randint(0, 80, (24, 30, 3), dtype=np.uint8)
+                pixels[..., c] += 150
+                Image.fromarray(pixels).save(tmp_path / "data" / split / f"class {c}" / f"{i}.png")
+    out, _ = run("part4_angular", "--dataset", "folder", "--data-dir", tmp_path / "data", "--train-fraction", "0.5",
+                 "--results-dir", tmp_path / "results", "--quick", "--no-umap")
+    assert "3 classes" in out
+    assert (tmp_path / "results/part4_robustness.csv").exists()
 
 
 @pytest.mark.parametrize(("script", "arguments", "code", "message"), [
