@@ -241,27 +241,29 @@ def _load_digits(data_dir):
 
 
 def cifar10c(folder, device):
-    """Yields (corruption, severity, images uint8 (n,3,32,32), labels (n,)) of CIFAR-10-C's own files in `folder`.
+    """CIFAR-10-C's own files in `folder`, checked now, read as they are asked for.
 
     Each <corruption>.npy holds uint8 (5n,32,32,3), severity after severity, labels.npy the 5n labels (n is 10,000 in
-    the published set). Raises UsageError if that is not what is there.
+    the published set). Returns an iterator of (corruption, severity, images uint8 (n,3,32,32), labels int64 (n,)).
+    Raises UsageError if that is not what is there.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.glob("*.npy") if path.name != "labels.npy")
     try:
         labels = np.load(folder / "labels.npy", allow_pickle=False).astype(np.int64)
-        if not paths or len(labels) % 5:
-            raise ValueError(f"{len(paths)} corruptions and {len(labels)} labels")
-        for path in paths:
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        corruptions = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
+                       for path in sorted(folder.glob("*.npy")) if path.name != "labels.npy"}
+        for name, pixels in corruptions.items():
             if pixels.shape != (len(labels), SIZE, SIZE, 3) or pixels.dtype != np.uint8:
-                raise ValueError(f"{path.name} is {pixels.dtype} {pixels.shape}")
-            for severity, block in enumerate(np.split(np.arange(len(labels)), 5), 1):
-                images = torch.from_numpy(pixels[block]).permute(0, 3, 1, 2).contiguous()
-                yield path.stem, severity, images.to(device), torch.from_numpy(labels[block]).to(device)
+                raise ValueError(f"{name}.npy is {pixels.dtype} {pixels.shape}")
+        if not corruptions or len(labels) % 5:
+            raise ValueError(f"{len(corruptions)} corruptions and {len(labels)} labels")
     except (OSError, ValueError) as error:
         raise UsageError(f"--cifar10c {folder}: not CIFAR-10-C's files ({error}); expected <corruption>.npy of uint8 "
                          "(5n, 32, 32, 3) and labels.npy of 5n labels") from None
+    return ((f"cifar10c {name}", severity + 1, torch.from_numpy(pixels[block].transpose(0, 3, 1, 2).copy()).to(device),
+             torch.from_numpy(labels[block]).to(device))
+            for name, pixels in corruptions.items()
+            for severity, block in enumerate(np.split(np.arange(len(labels)), 5)))
 
 
 def to_float(images):

@@ -52,6 +52,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
     names = common.perturbation_names(args.perturbations)
+    published = common.cifar10c(args.cifar10c, device) if args.cifar10c else ()
     model, meta = common.load_checkpoint(args.checkpoint, device)
     for name in arguments.DATA_ARGUMENTS:
         setattr(args, name, getattr(args, name, meta["args"][name]))
@@ -86,10 +87,10 @@ def main(argv=None):
             examples.append((title, perturbed[shown]))
             if name in UMAP_PERTURBATIONS:
                 panels.append((title, "test", name, severity, features[attacked[drawn]], clean_panel[1], clean_panel))
-    for name, severity, corrupted, truth in common.cifar10c(args.cifar10c, device) if args.cifar10c else ():
-        right = common.predict(model, corrupted, amp).logits.argmax(1)
-        rows.append(report.accuracy_row(run, args.checkpoint, "test", f"cifar10c {name}", severity, "own", right, truth))
-        correct[f"cifar10c {name}/{severity}"] = (right == truth).cpu().numpy()
+    for name, severity, corrupted, truth in published:
+        logits = common.predict(model, corrupted, amp).logits
+        rows.append(report.accuracy_row(run, args.checkpoint, "test", name, severity, "own", logits.argmax(1), truth))
+        correct[f"{name}/{severity}"] = report.correct(logits, truth)
     clock.stop("perturbations")
 
     audit, attack_rows, panel, adversarial = attack(

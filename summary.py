@@ -1,9 +1,17 @@
-"""The comparison of all parts: comparison.csv, comparison.png and summary.md, made from the files that are there."""
+"""The comparison of all parts: comparison.csv, comparison.png and summary.md, made from the files that are there.
 
+Every part calls it at its end. Over several trainings, each in a results directory of its own, it gives mean ± standard
+deviation, on the terminal and in seeds.md beside them:
+
+    python summary.py results/seed0 results/seed1 results/seed2
+"""
+
+import sys
 from pathlib import Path
 
 import numpy as np
 
+import arguments
 import common
 import report
 
@@ -30,8 +38,8 @@ def compare(folder):
     plot_comparison(folder / "comparison.png", table, models, dataset(folder))
     with common.atomic(folder / "summary.md") as temporary:
         temporary.write_text(summary(folder, table, models))
-    header, *lines = overview(table, models)
-    report.print_table(f"Comparison on {dataset(folder)}, test accuracy in % ({folder}/summary.md)", header, lines)
+    report.print_table(f"Comparison on {dataset(folder)}, test accuracy in % ({folder}/summary.md)", header(models),
+                       [(title.strip("*"), *cells(values)) for title, values in overview(table, models)])
 
 
 def dataset(folder):
@@ -83,39 +91,45 @@ def mean(table, part, wanted):
 
 
 def overview(table, models):
-    """Header and lines of the table that is printed: a condition a line, severities averaged, a model a column."""
+    """What a reader compares: [(line's title, [value of each model])], fractions, nan where there is none.
+
+    Severities are averaged. mPC is the mean over perturbations; the corruption error is each perturbation's error
+    divided by part 1's, averaged (Hendrycks & Dietterich 2019, with part 1 in AlexNet's place).
+    """
     families = {r["condition"]: r["family"] for r in table}
     seen = [c for c, f in families.items() if f in common.SEEN_FAMILIES]
     held_out = [c for c, f in families.items() if f in common.HELD_OUT_FAMILIES]
     published = [c for c, f in families.items() if f == "CIFAR-10-C"]
     attacks = sorted({(r["condition"], float(r["severity"])) for r in table if r["family"] == "attack"})
     attacks = [(c, e) for c, e in attacks if e > 0 and (c != "random_sign" or ("pgd", e) in attacks)]
-    lines = [("clean", lambda r: r["condition"] == "clean")]
+
+    def values(wanted):
+        return np.array([mean(table, m, wanted) for m in models])
+
+    def of(*conditions):
+        return values(lambda r: r["condition"] in conditions)
+
+    lines = [("clean", of("clean"))]
     for group, title in ((seen, "seen family"), (held_out, "held-out family"), (published, "CIFAR-10-C")):
-        lines += [(c.replace("_", " ") + f" ({families[c]})" * (group != published), lambda r, c=c: r["condition"] == c) for c in group]
-        if group:
-            lines.append((f"mean, {title}", lambda r, g=group: r["condition"] in g))
-    if seen or held_out:
-        lines.append(("mean over perturbations", lambda r: r["condition"] in seen + held_out))
-    lines += [(f"{c.replace('_', ' ')} {e:g}/255",
-               lambda r, c=c, e=e: r["condition"] == c and float(r["severity"]) == e) for c, e in attacks]
+        lines += [(f"{c.replace('_', ' ')} ({families[c]})", of(c)) for c in group]
+        lines += [(f"**mean, {title}**", of(*group))] * bool(group)
+    perturbed = seen + held_out
+    if perturbed:
+        errors = np.array([1 - of(c) for c in perturbed])  # (conditions, models)
+        reference = [1 - mean(table, REFERENCE, lambda r, c=c: r["condition"] == c) for c in perturbed]
+        lines += [("**mean over perturbations (mPC)**", of(*perturbed)),
+                  ("mPC relative to clean", of(*perturbed) / of("clean")),
+                  ("corruption error (part 1: 100)", (errors / np.maximum(reference, 1e-9)[:, None]).mean(0))]
+    return lines + [(f"{c.replace('_', ' ')} {e:g}/255",
+                     values(lambda r, c=c, e=e: r["condition"] == c and float(r["severity"]) == e)) for c, e in attacks]
 
-    def cell(value):
-        return report.percent(value) if np.isfinite(value) else "-"
 
-    result = [(title, *(cell(mean(table, m, wanted)) for m in models)) for title, wanted in lines]
-    if seen or held_out:
-        def errors(model):
-            return [1 - mean(table, model, lambda r, c=c: r["condition"] == c) for c in seen + held_out]
+def header(models):
+    return ("condition", *(f"{m} ({report.MODELS[m]})" for m in models))
 
-        reference, at = errors(REFERENCE), [title for title, *_ in result].index("mean over perturbations") + 1
-        result[at:at] = [
-            ("… relative to clean", *(cell(mean(table, m, lambda r: r["condition"] in seen + held_out)
-                                           / mean(table, m, lambda r: r["condition"] == "clean")) for m in models)),
-            ("mean corruption error, part1 = 100",
-             *(cell(np.mean([ours / theirs if theirs else np.nan for ours, theirs in zip(errors(m), reference,
-                                                                                        strict=True)])) for m in models))]
-    return [("condition", *(f"{m} ({report.MODELS[m]})" for m in models)), *result]
+
+def cells(values):
+    return [report.percent(v) if np.isfinite(v) else "-" for v in values]
 
 
 def answer(part, table, rows):
@@ -159,8 +173,8 @@ def answer(part, table, rows):
     return None
 
 
-def markdown_table(header, lines):
-    rows = [header, ("---", *["---:"] * (len(header) - 1)), *lines]
+def markdown_table(first, lines):
+    rows = [first, ("---", *["---:"] * (len(first) - 1)), *lines]
     return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in rows)
 
 
@@ -174,12 +188,13 @@ def summary(folder, table, models):
             text += [f"**{part}. {question}** {sentence}", ""]
         else:
             missing.append(part)
-    header, *lines = overview(table, models)
+    lines = [(title, *cells(values)) for title, values in overview(table, models)]
     severities = ", ".join(sorted({r["severity"] for r in table if r["condition"] in common.FAMILY} - {""}))
     text += ["## Accuracy on the test set (%)", "",
              f"Means over severities (tested: {severities or 'none yet'}); `comparison.csv` has each, with intervals "
              f"and tests. \"Seen\" families ({', '.join(common.SEEN_FAMILIES)}) are in part 3's training data, the "
-             f"held-out one ({', '.join(common.HELD_OUT_FAMILIES)}) never is.", "", markdown_table(header, lines), "",
+             f"held-out one ({', '.join(common.HELD_OUT_FAMILIES)}) never is.", "",
+             markdown_table(header(models), lines), "",
              "\"Better\" and \"worse\" are said where McNemar's exact test on the same images, Holm-corrected over "
              f"all conditions of a model, gives p < {ALPHA}. They speak of these trained networks, not of "
              "other seeds.", ""]
@@ -231,3 +246,36 @@ def plot_comparison(path, table, models, dataset):
     right.set(xlabel="FGSM eps (1/255)", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, None))
     figure.legend(loc="outside upper center", ncols=len(models), fontsize=8)
     report.save(figure, path, f"{dataset}, test images, 95 % intervals under attack.")
+
+
+def compare_seeds(folders):
+    """Prints mean ± standard deviation (n - 1) over results directories of different seeds; writes seeds.md."""
+    tables, studies, seeds = [], set(), []
+    for folder in folders:
+        rows = report.read_all(folder)
+        if not rows:
+            raise common.UsageError(f"{folder} holds no results; expected directories that the parts wrote")
+        tables.append(comparison(Path(folder)))
+        studies |= {(r["dataset"], r["split_hash"]) for r in rows}
+        seeds.append(tuple(sorted({r["seed"] for r in rows})))
+    if len(studies) > 1 or len(set(seeds)) < len(seeds) or len(seeds) < 2:
+        raise common.UsageError(f"expected at least two directories of one data set and split and of different seeds; "
+                                f"found {sorted(studies)} and the seeds {seeds}")
+    models = [m for m in report.MODELS if all(any(r["part"] == m for r in table) for table in tables)]
+    overviews = [dict(overview(table, models)) for table in tables]
+    lines = []
+    for title in (t for t in overviews[0] if all(t in o for o in overviews)):
+        values = 100 * np.array([o[title] for o in overviews])  # (seeds, models)
+        lines.append((title, *(f"{m:.1f} ± {s:.1f}" for m, s in zip(values.mean(0), values.std(0, ddof=1),
+                                                                   strict=True))))
+    name = studies.pop()[0]
+    report.print_table(f"{name}, test accuracy in %, mean ± standard deviation of {len(tables)} trainings",
+                       header(models), [(title.strip("*"), *line) for title, *line in lines])
+    with common.atomic(Path(folders[0]).parent / "seeds.md") as temporary:
+        temporary.write_text("\n".join([
+            f"# {len(tables)} trainings on {name}", "", "Test accuracy in %, mean ± standard deviation (n - 1) over "
+            f"{', '.join(map(str, folders))}.", "", markdown_table(header(models), lines), ""]))
+
+
+if __name__ == "__main__":
+    arguments.run(lambda: compare_seeds(sys.argv[1:]))
