@@ -93,10 +93,11 @@ def main(argv=None):
         correct[f"{name}/{severity}"] = report.correct(logits, truth)
     clock.stop("perturbations")
 
-    audit, attack_rows, panel, adversarial = attack(
-        args, run, model, common.to_float(images[attacked]), labels[attacked], correct, clean_panel, drawn)
+    audit, attack_rows, right, eps_255, features, adversarial = attack(
+        args, run, model, common.to_float(images[attacked]), labels[attacked])
     rows += attack_rows
-    panels.append(panel)
+    correct |= right
+    panels.append((f"FGSM {eps_255}/255", "test", "fgsm", eps_255, features[drawn], clean_panel[1], clean_panel))
     clock.stop("attacks")
 
     rows += report.umap_panels(paths, run, args.checkpoint, panels)
@@ -116,10 +117,11 @@ def main(argv=None):
     return rows
 
 
-def attack(args, run, model, images, labels, correct, clean_panel, drawn):
+def attack(args, run, model, images, labels):
     """The FGSM sweep and its audit, in float32, on images (n,3,32,32) in [0,1] with their true labels.
 
-    Returns the audit [(check, found, passed)], the rows, the UMAP panel at 8/255, and examples for the picture.
+    Returns the audit [(check, found, passed)], the rows, which images are right at each eps, the eps_255 nearest above
+    8 with the attacked images' features (n,512), and examples for the picture.
     """
     norm = np.inf if args.norm == "inf" else 2
     float32 = common.Amp("off", images.device)
@@ -133,19 +135,19 @@ def attack(args, run, model, images, labels, correct, clean_panel, drawn):
     direction = common.fgsm_direction(model, images, labels, norm)  # of the loss's growth; one for all eps
     noise = torch.randn(images[few].shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     noise = noise.sign() if norm == np.inf else noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    rows, examples, panel, largest, fooled = [], [], None, 0.0, {}
+    rows, examples, largest, fooled, right = [], [], 0.0, {}, {}
+    features, at = None, next((e for e in sweep if e >= 8), sweep[-1])
     for eps_255 in report.progress(sweep, "FGSM"):
         eps = eps_255 / 255
         adversarial = (images + eps * direction).clamp(0, 1)
-        logits, features = common.predict(model, adversarial, float32)
+        logits, found = common.predict(model, adversarial, float32)
+        features = found if eps_255 == at else features
         fooled[eps_255] = logits.argmax(1)
         rows.append(row("fgsm", eps_255, fooled[eps_255], labels))
-        correct[f"fgsm/{eps_255}"] = report.correct(logits, labels)
+        right[f"fgsm/{eps_255}"] = report.correct(logits, labels)
         size = (adversarial - images).flatten(1).norm(norm, dim=1).max().item()
         largest = max(largest, size - eps)
         examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
-        if panel is None and (eps_255 >= 8 or eps_255 == sweep[-1]):
-            panel = (f"FGSM {eps_255:g}/255", "test", "fgsm", eps_255, features[drawn], clean_panel[1], clean_panel)
         random = (images[few] + eps * noise).clamp(0, 1)
         rows.append(row("random_sign", eps_255, common.predict(model, random, float32).logits.argmax(1), labels[few]))
     for eps_255 in report.progress(sorted({8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
@@ -166,7 +168,7 @@ def attack(args, run, model, images, labels, correct, clean_panel, drawn):
                           f"{report.percent(r['value'])} against {report.percent(mine)} %", passed))
     rows += [report.row(run, args.checkpoint, "test", "fgsm", "", "own", f"audit: {name}", float(passed), len(labels))
              for name, _, passed in audit]
-    return audit, rows, panel, examples
+    return audit, rows, right, at, features, examples
 
 
 if __name__ == "__main__":

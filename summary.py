@@ -229,7 +229,8 @@ def plot_comparison(path, table, models, dataset):
                                          width_ratios=(3, 2))
     order = sorted(conditions, key=lambda c: (c != "clean", common.FAMILY.get(c) in common.HELD_OUT_FAMILIES,
                                               common.FAMILY.get(c, "")), reverse=True)
-    for offset, model in zip(np.linspace(-0.2, 0.2, len(models)), models, strict=True):
+    left.set_ylim(-0.6, len(order) - 0.4)
+    for offset, model in zip(0.15 * ((len(models) - 1) / 2 - np.arange(len(models))), models, strict=True):
         values = [mean(table, model, lambda r, c=c: r["condition"] == c) * 100 for c in order]
         left.plot(values, np.arange(len(order)) + offset, "o", markersize=5, color=report.PART_COLORS[model],
                   label=f"{model} ({report.MODELS[model]})")

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 def victim(photos):
     """A model trained for a moment to tell 4 classes of images apart, and these images."""
     torch.manual_seed(0)
-    labels = torch.arange(40) % 4
-    images = (0.6 * photos / 255 + 0.1 * labels.view(-1, 1, 1, 1)).contiguous()
+    labels = torch.arange(24) % 4
+    images = (0.6 * photos[:24] / 255 + 0.1 * labels.view(-1, 1, 1, 1)).contiguous()
     model = common.Model(outputs=4)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     for _ in range(12):
@@ -25,16 +25,16 @@ def victim(photos):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(15):
             model(images)  # batch statistics
     assert common.accuracy(common.predict(model.eval(), images, common.Amp("off", CPU)).logits, labels) > 0.9
     return model, images, labels
 
 
 def audit(model, images, labels):
-    args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "--audit-images", "40"])
+    args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "--audit-images", "24"])
     run = {"part": "part2", "dataset": "test", "seed": 0, "split_hash": "-"}
-    checks, rows, *_ = part2_robustness.attack(args, run, model, images, labels, {}, None, torch.arange(10))
+    checks, rows, *_ = part2_robustness.attack(args, run, model, images, labels)
     failed = [name for name, _, passed in checks if not passed]
     assert sorted(failed) == sorted(r["metric"].removeprefix("audit: ") for r in rows if r["value"] == 0.0
                                     and r["metric"].startswith("audit: "))
@@ -89,7 +89,7 @@ def test_train_mode_left_on_shows_at_eps_0(victim, monkeypatch):
     def careless(model, *args):
         model.train()
         with torch.no_grad():
-            for _ in range(20):
+            for _ in range(10):
                 model(1 - images.roll(1, 1))
         model.eval()
         return honest(model, *args)
