@@ -345,36 +345,36 @@ def plot_examples(path, rows, run, what):
             axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
             axes.axis("off")
         line[0].text(-0.15, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
-    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04, bottom=0, top=1)
     save(figure, path, f"{what}, {run['dataset']}.")
 
 
 def plot_severities(path, rows, run):
-    """Accuracy over severity, one panel a perturbation, with the clean accuracy as a line."""
+    """Accuracy under every perturbation, a line each, the severities as points from light to dark."""
     plt = pyplot()
     rows = [r for r in rows if r["metric"] == "accuracy"]
     clean = next(r for r in rows if r["condition"] == "clean")
-    names = [n for n in common.PERTURBATIONS if any(r["condition"] == n for r in rows)]
-    columns = 5
-    lines = math.ceil(len(names) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(9, 1.75 * lines + 0.3), squeeze=False, sharex=True,
-                                sharey=True, layout="constrained")
-    for axes, name in zip(grid.flat, names, strict=False):
+    names = [n for n in common.PERTURBATIONS if any(r["condition"] == n for r in rows)][::-1]
+    figure, axes = plt.subplots(figsize=(6.4, 0.24 * len(names) + 1.1), layout="constrained")
+    axes.axvline(100 * clean["value"], color="#777777", linestyle="--", linewidth=1, label="clean")
+    shades = plt.get_cmap("viridis_r")
+    for y, name in enumerate(names):
         mine = [r for r in rows if r["condition"] == name]
-        x = [3 if name in common.NO_SEVERITY else r["severity"] for r in mine]
-        y = [100 * r["value"] for r in mine]
-        error = [[100 * (r["value"] - r["ci_low"]) for r in mine], [100 * (r["ci_high"] - r["value"]) for r in mine]]
-        axes.axhline(100 * clean["value"], color="#777777", linestyle="--", linewidth=1)
-        axes.errorbar(x, y, error, color="#0072B2" if common.FAMILY[name] in common.SEEN_FAMILIES else "#D55E00",
-                      marker="o", markersize=4, capsize=2)
-        axes.set_title(name.replace("_", " ") + (" (no severity)" if name in common.NO_SEVERITY else ""), fontsize=8)
-        axes.set(xlim=(0.5, 5.5), xticks=range(1, 6), ylim=(0, 100))
-    for axes in list(grid.flat)[len(names):]:
-        axes.set_visible(False)
-    figure.supxlabel("severity", fontsize=9)
-    figure.supylabel("accuracy (%)", fontsize=9)
-    save(figure, path, f"{run['part']} on {run['dataset']}, whole test set, n = {clean['n']}, with 95 % intervals; "
-         f"dashed: clean accuracy. Blue: families that part 3 trains on; orange: never trained on.")
+        axes.plot([100 * r["value"] for r in mine], [y] * len(mine), color="#BBBBBB", linewidth=1, zorder=1)
+        for r in mine:
+            severity = r["severity"] or "none"
+            below, above = 100 * (r["value"] - r["ci_low"]), 100 * (r["ci_high"] - r["value"])
+            axes.errorbar(100 * r["value"], y, xerr=[[below], [above]], color="#000000" if severity == "none" else
+                          shades(severity / 5), marker="o", markersize=4, capsize=2, linestyle="",
+                          label=f"severity {severity}")
+    axes.set_yticks(range(len(names)), [
+        f"{n.replace('_', ' ')} ({common.FAMILY[n]}{', held out' * (common.FAMILY[n] in common.HELD_OUT_FAMILIES)})"
+        for n in names])
+    axes.set(xlabel="test accuracy (%)", xlim=(0, 100), ylim=(-0.7, len(names) - 0.3))
+    entries = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # each label once
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), fontsize=8)
+    save(figure, path, f"{run['part']} on {run['dataset']}, whole test set, n = {clean['n']}, with 95 % intervals. "
+         "Held out: families that part 3 never trains on.")
 
 
 def plot_attack(path, rows, run, norm, audit):
