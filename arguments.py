@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 
 DATASETS = ("cifar10", "folder", "digits")
@@ -61,6 +62,8 @@ def add_shared(parser):
         help="mixed precision; auto: bf16 where this machine is faster with it, fp16 on older CUDA, else off")
     add("--umap-points", type=number(int, 50, 100_000), default=1000, help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
+    add("--resume", action="store_true", help="continue from the last finished epoch of the same command (part 2 "
+        "starts over)")
     add("--quick", action="store_true", help="every code path in seconds: 10 images of each class, 2 epochs; "
         "all outputs are marked QUICK")
 
@@ -71,7 +74,6 @@ def add_training(parser, epochs, lr, weight_decay):
     add("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training images")
     add("--lr", type=number(float, 0, 100, low_open=True), default=lr, help="peak learning rate of the one-cycle")
     add("--weight-decay", type=number(float, 0, 10), default=weight_decay, help="L2 penalty of SGD, on all weights")
-    add("--resume", action="store_true", help="continue from the last finished epoch of the same command")
 
 
 def from_checkpoint(parser):
@@ -104,6 +106,6 @@ def run(main):
         print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
-        command = " ".join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
+        command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
         print(f"\nInterrupted. Finished epochs are kept; to continue: python {command}", file=sys.stderr)
         sys.exit(130)

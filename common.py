@@ -5,6 +5,7 @@ A line belongs here if changing it in one part alone would silently spoil the co
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -32,11 +33,18 @@ from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb, to_uint8 
 # ---- constants ------------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training pixels in [0,1]
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = 32  # side of every image, pixels
 HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
 QUICK_PER_CLASS = 10
 FORMAT, VERSION = "small-data-robustness checkpoint", 1
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
 
 # ---- seed, device, mixed precision ----------------------------------------------------------------------------------
 
@@ -49,9 +57,10 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not usable on this machine ({reason}); try --device auto") from None
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        raise UsageError(f"--device {name}: not usable on this machine ({first_line(error)}); try --device "
+                         "auto") from None
+    torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
+    torch.backends.cudnn.allow_tf32 = False  # where mixed precision is off, as in attacks, float32 is meant
     return device
 
 
@@ -87,8 +96,9 @@ def fastest_precision(device):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type != "cpu":
         return "off"
-    layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
-    images = torch.rand(32, 64, SIZE, SIZE).to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[]):  # so that the weights to come do not depend on --amp
+        layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+        images = torch.rand(32, 64, SIZE, SIZE).to(memory_format=torch.channels_last)
 
     def seconds(enabled):
         start = time.perf_counter()
@@ -96,8 +106,7 @@ def fastest_precision(device):
             layer(images).sum().backward()
         return time.perf_counter() - start
 
-    with torch.random.fork_rng(devices=[]):
-        rounds = [(seconds(True), seconds(False)) for _ in range(8)]  # in turn, so that other load meets both
+    rounds = [(seconds(True), seconds(False)) for _ in range(8)]  # in turn, so that other load meets both
     bf16, float32 = map(min, zip(*rounds, strict=True))
     return "bf16" if bf16 < float32 else "off"
 
@@ -153,10 +162,12 @@ def split_data(data, fraction, seed):
         train, rest = stratified_split(data.train_labels, fraction, seed)
     except ValueError as error:
         raise UsageError(f"--train-fraction {fraction}: {error}") from None
-    digest = hashlib.sha256(data.train_labels.cpu().numpy().tobytes() + train.numpy().tobytes()).hexdigest()[:12]
+    digest = hashlib.sha256(train.numpy())
+    for tensor in data[2:]:  # a file that was renamed, added or changed makes it another split
+        digest.update(tensor.cpu().numpy())
     train, rest = train.to(data.train_labels.device), rest.to(data.train_labels.device)
     return Split(data.train_images[train], data.train_labels[train],
-                 data.train_images[rest], data.train_labels[rest], digest)
+                 data.train_images[rest], data.train_labels[rest], digest.hexdigest()[:12])
 
 
 @functools.lru_cache(maxsize=1)  # parts 3 and 4 call part 2 in the same process
@@ -177,16 +188,18 @@ def load_data(dataset, data_dir, device, quick=False):
 
 def _load_cifar10(data_dir):
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
 
     archive = data_dir / CIFAR10.filename
     try:
         train, test = CIFAR10(data_dir, train=True, download=True), CIFAR10(data_dir, train=False)
     except Exception as error:  # no network, a cut connection, a page instead of the archive, a full disk
-        if archive.exists():
-            archive.unlink()  # what did not pass the MD5 check must not be in the way of the next try
+        if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
+            with contextlib.suppress(OSError):
+                archive.unlink()  # what does not pass the MD5 check must not be in the way of the next try
         raise RunError(
             f"CIFAR-10 is neither in {data_dir}/{CIFAR10.base_folder} nor could it be downloaded "
-            f"({str(error).splitlines()[0]}). Ways out: put {CIFAR10.filename} into {data_dir}; or --dataset folder "
+            f"({first_line(error)}). Ways out: put {CIFAR10.filename} into {data_dir}; or --dataset folder "
             f"with a tree {data_dir}/train/<class>/*, {data_dir}/test/<class>/*; or --dataset digits, which needs no "
             "download") from None
     arrays = [a for d in (train, test) for a in (d.data.transpose(0, 3, 1, 2).copy(), np.asarray(d.targets, np.int64))]
@@ -240,14 +253,16 @@ def _load_digits(data_dir):
     return "digits", [str(c) for c in range(10)], images[train], labels[train], images[test], labels[test]
 
 
-def cifar10c(folder, device):
+def cifar10c(folder, classes, device):
     """CIFAR-10-C's own files in `folder`, checked now, read as they are asked for.
 
     Each <corruption>.npy holds uint8 (5n,32,32,3), severity after severity, labels.npy the 5n labels (n is 10,000 in
     the published set). Returns an iterator of (corruption, severity, images uint8 (n,3,32,32), labels int64 (n,)).
-    Raises UsageError if that is not what is there.
+    Raises UsageError if that is not what is there, or if the model's `classes` are not CIFAR-10's.
     """
     folder = Path(folder)
+    if tuple(classes) != CIFAR10_CLASSES:
+        raise UsageError(f"--cifar10c: needs a checkpoint of CIFAR-10's ten classes in their order, found {classes}")
     try:
         labels = np.load(folder / "labels.npy", allow_pickle=False).astype(np.int64)
         corruptions = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
@@ -283,9 +298,8 @@ def balanced_batches(images, labels, batch_size, generator):
     """Like `batches`, with the same number of every class, class after class in turn, as losses on pairs need it."""
     order = torch.randperm(len(images), generator=generator, device=images.device)
     members = [order[labels[order] == c] for c in labels.unique()]
-    steps = steps_per_epoch(len(images), batch_size)
-    each = max(2, min(map(len, members)) // steps)
-    for i in range(steps):
+    each = max(2, min(batch_size, len(images)) // len(members))  # of a small class, images come again
+    for i in range(steps_per_epoch(len(images), batch_size)):
         turn = torch.arange(i * each, (i + 1) * each, device=images.device)
         batch = torch.stack([m[turn % len(m)] for m in members], dim=1).flatten()
         yield images[batch], labels[batch]
@@ -308,7 +322,7 @@ def perturbation_names(names):
 
 def check_same_data(path, meta, run):
     """Raises UsageError if a checkpoint was trained on another data set or split than this run's."""
-    for key, what in (("dataset", "data set"), ("split_hash", "split"), ("classes", "classes")):
+    for key, what in (("classes", "classes"), ("split_hash", "data or split")):
         if meta[key] != run[key]:
             raise UsageError(f"{path} was trained on the {what} {meta[key]}, this run has {run[key]}; leave out "
                              "--dataset, --data-dir, --train-fraction, --split-seed and --quick to use its own")
@@ -361,11 +375,26 @@ def class_means(embeddings, labels, classes):
     return F.normalize(one_hot.T @ F.normalize(embeddings, dim=1), dim=1)
 
 
-def average_of(model, total_steps):
-    """An exponential moving average of weights and buffers over about 4 % of the training's steps."""
-    decay = 1 - 1 / max(2, 0.04 * total_steps)
-    swa = torch.optim.swa_utils
-    return swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(decay), use_buffers=True)
+class Average:
+    """An exponential moving average of a model's weights and batch statistics over about 4 % of the training's steps.
+
+    (torch's AveragedModel does the same, with a device sync in every step.)
+    """
+
+    def __init__(self, model, total_steps):
+        self.module = copy.deepcopy(model)
+        self.share = 1 / max(2, 0.04 * total_steps)  # of the newest weights
+
+    @torch.no_grad()
+    def update(self, model):
+        ours, theirs = ([t for t in m.state_dict().values() if t.is_floating_point()] for m in (self.module, model))
+        torch._foreach_lerp_(ours, theirs, self.share)
+
+    def state_dict(self):
+        return self.module.state_dict()
+
+    def load_state_dict(self, state):
+        self.module.load_state_dict(state)
 
 
 class Prediction(NamedTuple):
@@ -435,7 +464,7 @@ def atomic(path):
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
@@ -463,7 +492,7 @@ def load_checkpoint(path, device):
         model = Model(meta["outputs"], head)
         model.load_state_dict(content["model"], strict=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path}: does not hold this model ({str(error).splitlines()[0]}); write it anew with the "
+        raise UsageError(f"{path}: does not hold this model ({first_line(error)}); write it anew with the "
                          "part that made it") from None
     return model.to(device, memory_format=torch.channels_last).eval(), meta
 
@@ -478,7 +507,7 @@ def _save(path, content):
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(str(error).splitlines()[0]) from None
+            raise OSError(first_line(error)) from None
 
 
 def _load(path, device):
@@ -503,32 +532,40 @@ def _load(path, device):
 NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap"}  # on the trained weights
 
 
-def save_state(path, args, epoch, history, parts, generator):
+def save_state(path, run, epoch, history, parts, generator):
     """Saves a whole training after `epoch` finished epochs. parts: name → object with a state_dict."""
-    _save(path, {"format": FORMAT, "version": VERSION, "args": vars(args), "epoch": epoch, "history": history,
-                 "parts": {name: part.state_dict() for name, part in parts.items()},
+    _save(path, {"format": FORMAT, "version": VERSION, "identity": identity(run, generator), "epoch": epoch,
+                 "history": history, "parts": {name: part.state_dict() for name, part in parts.items()},
                  "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
 
 
-def resume(path, args, parts, generator):
-    """Continues a training where `save_state` left it: (finished epochs, history); (0, []) where there is none.
+def identity(run, generator):
+    """Whatever a resumed training must have in common with its first half, by the flag that sets it."""
+    flags = {"--" + name.replace("_", "-"): value for name, value in run["args"].items() if name not in NO_EFFECT}
+    return flags | {"--amp": run["amp"], "--device": generator.device.type, "--data-dir with the data":
+                    run["split_hash"]}
 
-    Raises UsageError if an argument that changes the result differs from the saved run's.
+
+def resume(path, run, parts, generator):
+    """Where a training starts: (finished epochs, history), with the state that `save_state` left if run has --resume.
+
+    Without --resume an old state is removed, so that no later --resume takes it for this training's. Raises UsageError
+    if an argument that changes the result differs from the saved run's.
     """
-    if not Path(path).exists():
-        print(f"Nothing to resume in {path}: starting with epoch 1")
+    if not run["args"]["resume"] or not Path(path).exists():
+        Path(path).unlink(missing_ok=True)
         return 0, []
     content = _load(path, "cpu")
-    for name, now in vars(args).items():
-        before = content["args"].get(name)
-        if name not in NO_EFFECT and before != now:
-            flag = "--" + name.replace("_", "-")
+    for flag, now in identity(run, generator).items():
+        before = content["identity"].get(flag)
+        if before != now:
             raise UsageError(f"--resume: the run in {path} had {flag} {before}, this one has {now}; give {flag} "
                              f"{before}, or leave --resume out to start anew")
     for name, part in parts.items():
         part.load_state_dict(content["parts"][name])
     generator.set_state(content["generator"].cpu())
     torch.set_rng_state(content["torch_rng"])
+    print(f"Resumed after epoch {content['epoch']}")
     return content["epoch"], content["history"]
 
 
@@ -679,17 +716,13 @@ def fgsm(model, images, labels, eps, norm=np.inf):
     images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones.  eps: in pixel units of [0,1].
     norm: inf or 2.  Returns float32 (B,3,H,W) in [0,1], detached; the model's mode and gradients stay as they were.
     """
-    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
-
-    with attack_mode(model):
-        return fast_gradient_method(model, images.float(), eps, norm, clip_min=0.0, clip_max=1.0, y=labels).detach()
+    return (images.float() + eps * fgsm_direction(model, images.float(), labels, norm)).clamp(0, 1)
 
 
 def fgsm_direction(model, images, labels, norm=np.inf, batch_size=128):
-    """The step of `fgsm` for eps 1 before clipping: fgsm(…, eps) equals (images + eps * direction).clamp(0, 1).
+    """The step of `fgsm` for eps 1 before clipping. It does not depend on eps: one gradient serves a whole sweep.
 
-    It does not depend on eps, so one gradient an image serves a whole sweep. An image whose gradient is zero
-    everywhere has a direction of zeros. Shapes as in `fgsm`.
+    Its norm is 1, or 0 for an image whose gradient is zero everywhere. Shapes as in `fgsm`.
     """
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
 
@@ -697,7 +730,12 @@ def fgsm_direction(model, images, labels, norm=np.inf, batch_size=128):
     with attack_mode(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             step = fast_gradient_method(model, x, 1.0, norm, y=y).detach() - x
-            steps.append(step.sign() if norm == np.inf else step)  # x + 1 - x is not 1 to the last bit
+            if norm == np.inf:
+                step = step.sign()  # x + 1 - x is not 1 to the last bit
+            else:  # cleverhans shortens the step where the gradient of the batch's mean loss is below 1e-6
+                length = step.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                step = torch.where(length > 0, step / length, 0)
+            steps.append(step)
     return torch.cat(steps)
 
 
@@ -724,8 +762,8 @@ def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
 def umap_coordinates(features, seed, neighbours=15):
     """UMAP (McInnes et al. 2018) of features (N,D) in one fit: float32 array (N,2); the same for the same seed.
 
-    Exact neighbours come from one matrix product on the features' device: faster than umap-learn's search and its
-    compilation.
+    Exact neighbours come from one float64 matrix product a block, on the features' device: faster than umap-learn's
+    search and its compilation.
     """
     import warnings
 
@@ -733,11 +771,13 @@ def umap_coordinates(features, seed, neighbours=15):
         warnings.simplefilter("ignore")  # on import and on random_state, about threads
         import umap
 
-        indices, distances = [], []
-        for block in features.split(2048):
-            near = torch.cdist(block, features).topk(min(neighbours, len(features)), largest=False)
+        indices, distances, exact = [], [], features.double() - features.double().mean(0)
+        for block in exact.split(2048):
+            distance = torch.cdist(block, exact)
+            distance[distance < 1e-6 * distance.max()] = 0  # of an image to itself: zero but for rounding
+            near = distance.topk(min(neighbours, len(features)), largest=False)
             indices.append(near.indices.cpu())
-            distances.append(near.values.cpu())
+            distances.append(near.values.float().cpu())
         knn = torch.cat(indices).numpy(), torch.cat(distances).numpy(), None
         reducer = umap.UMAP(n_neighbors=len(knn[0][0]), random_state=seed, precomputed_knn=knn, n_epochs=200,
                             force_approximation_algorithm=True)
@@ -745,7 +785,9 @@ def umap_coordinates(features, seed, neighbours=15):
 
 
 def silhouette(features, labels):
-    """Mean silhouette width (Rousseeuw 1987) of features (N,D) under their true classes, in [-1, 1]."""
+    """Mean silhouette width (Rousseeuw 1987) of features (N,D) under their classes, in [-1, 1]; nan if it has none."""
     from sklearn.metrics import silhouette_score
 
+    if not 1 < len(labels.unique()) < len(labels):
+        return math.nan
     return float(silhouette_score(features.cpu().numpy(), labels.cpu().numpy()))

@@ -26,7 +26,7 @@ def parse_args(argv=None):
     add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="1-5",
         help="severities to test, for perturbations that have one")
     add("--cifar10c", metavar="DIR", help="also test on CIFAR-10-C: the published <corruption>.npy and labels.npy")
-    add("--eps-255", nargs="+", type=arguments.number(float, 0, 255), default=[0, 1, 2, 4, 8, 16], metavar="EPS",
+    add("--eps-255", nargs="+", type=arguments.number(float, 0, 15_000), default=[0, 1, 2, 4, 8, 16], metavar="EPS",
         help="attack strengths in 1/255 of the pixel range")
     add("--norm", choices=("inf", "2"), default="inf", help="norm that bounds the attack")
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
@@ -52,8 +52,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
     names = common.perturbation_names(args.perturbations)
-    published = common.cifar10c(args.cifar10c, device) if args.cifar10c else ()
     model, meta = common.load_checkpoint(args.checkpoint, device)
+    published = common.cifar10c(args.cifar10c, meta["classes"], device) if args.cifar10c else ()
     for name in arguments.DATA_ARGUMENTS:
         setattr(args, name, getattr(args, name, meta["args"][name]))
     if args.quick:
@@ -97,7 +97,8 @@ def main(argv=None):
         args, run, model, common.to_float(images[attacked]), labels[attacked])
     rows += attack_rows
     correct |= right
-    panels.append((f"FGSM {eps_255}/255", "test", "fgsm", eps_255, features[drawn], clean_panel[1], clean_panel))
+    panels.append((f"FGSM {eps_255}/255", "test", report.ATTACKS[args.norm][0], eps_255, features[drawn],
+                   clean_panel[1], clean_panel))
     clock.stop("attacks")
 
     rows += report.umap_panels(paths, run, args.checkpoint, panels)
@@ -111,7 +112,7 @@ def main(argv=None):
     clock.stop("tables and plots")
     report.print_accuracies(f"{args.checkpoint} on the test set", rows)
     report.print_table("Audit of the attack", ("check", "found", "passed"),
-                       [(name, found, "yes" if passed else "NO") for name, found, passed in audit])
+                       [(name, found, "yes" if passed else "NO") for name, found, passed, _ in audit])
     clock.print()
     summary.compare(paths.folder)
     return rows
@@ -120,12 +121,13 @@ def main(argv=None):
 def attack(args, run, model, images, labels):
     """The FGSM sweep and its audit, in float32, on images (n,3,32,32) in [0,1] with their true labels.
 
-    Returns the audit [(check, found, passed)], the rows, which images are right at each eps, the eps_255 nearest above
-    8 with the attacked images' features (n,512), and examples for the picture.
+    Returns the audit [(check, found, passed, n)], the rows, which images are right at each eps, the eps_255 nearest
+    above 8 with the attacked images' features (n,512), and examples for the picture.
     """
     norm = np.inf if args.norm == "inf" else 2
     float32 = common.Amp("off", images.device)
-    sweep = sorted({int(e) if e == int(e) else e for e in args.eps_255})
+    sweep = sorted({int(e) if e == int(e) else e for e in [0, *args.eps_255]})
+    fgsm, pgd, random_noise = report.ATTACKS[args.norm]
     few = common.spread(len(labels), args.audit_images)
     clean = common.predict(model, images, float32).logits.argmax(1)
 
@@ -143,31 +145,33 @@ def attack(args, run, model, images, labels):
         logits, found = common.predict(model, adversarial, float32)
         features = found if eps_255 == at else features
         fooled[eps_255] = logits.argmax(1)
-        rows.append(row("fgsm", eps_255, fooled[eps_255], labels))
-        right[f"fgsm/{eps_255}"] = report.correct(logits, labels)
+        rows.append(row(fgsm, eps_255, fooled[eps_255], labels))
+        right[f"{fgsm}/{eps_255}"] = report.correct(logits, labels)
         size = (adversarial - images).flatten(1).norm(norm, dim=1).max().item()
         largest = max(largest, size - eps)
         examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
         random = (images[few] + eps * noise).clamp(0, 1)
-        rows.append(row("random_sign", eps_255, common.predict(model, random, float32).logits.argmax(1), labels[few]))
+        rows.append(row(random_noise, eps_255, common.predict(model, random, float32).logits.argmax(1), labels[few]))
     for eps_255 in report.progress(sorted({8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
         adversarial = common.pgd(model, images[few], labels[few], eps_255 / 255, norm)
-        rows.append(row("pgd", eps_255, common.predict(model, adversarial, float32).logits.argmax(1), labels[few]))
+        logits = common.predict(model, adversarial, float32).logits
+        rows.append(row(pgd, eps_255, logits.argmax(1), labels[few]))
 
     zero = (direction.flatten(1).abs().amax(1) == 0).float().mean().item()
-    audit = [("|delta| is at most eps", f"{largest * 255:+.1e}/255", largest < 1e-6),
-             ("few images without a gradient", f"{zero:.2%}", zero < AUDIT_ZERO_GRADIENTS)]
-    if 0 in sweep:
-        changed = int((fooled[0] != clean).sum())
-        audit.append(("eps 0 equals clean", f"{changed} differ", changed == 0))
-    for condition, weaker in (("random_sign", True), ("pgd", False)):
-        for r in (r for r in rows if r["condition"] == condition and r["severity"] > 0):
-            mine = (fooled[r["severity"]][few] == labels[few]).sum().item() / len(few)
-            passed = r["value"] >= mine if weaker else r["value"] <= mine
-            audit.append((f"{condition} {r['severity']:g}/255 is {'weaker' if weaker else 'stronger'} than FGSM",
-                          f"{report.percent(r['value'])} against {report.percent(mine)} %", passed))
-    rows += [report.row(run, args.checkpoint, "test", "fgsm", "", "own", f"audit: {name}", float(passed), len(labels))
-             for name, _, passed in audit]
+    changed = int((fooled[0] != clean).sum())
+    audit = [("|delta| is at most eps", f"{largest * 255:+.1e}/255", largest < 1e-6, len(labels)),
+             ("few images without a gradient", f"{zero:.2%}", zero < AUDIT_ZERO_GRADIENTS, len(labels)),
+             ("eps 0 equals clean", f"{changed} differ", changed == 0, len(labels))]
+    for r in (r for r in rows if r["condition"] != fgsm and r["severity"] > 0):
+        mine = (fooled[r["severity"]][few] == labels[few]).sum().item() / len(few)
+        weaker = r["condition"] == random_noise
+        audit.append((f"{r['condition']} {r['severity']:g}/255 is {'weaker' if weaker else 'stronger'} than FGSM",
+                      f"{report.percent(r['value'])} against {report.percent(mine)} %",
+                      r["value"] >= mine if weaker else r["value"] <= mine, len(few)))
+    facts = [("share of images without a gradient", zero, len(labels)),
+             ("largest |delta| beyond eps, 1/255", largest * 255, len(labels)),
+             *((f"audit: {name}", float(passed), n) for name, _, passed, n in audit)]
+    rows += [report.row(run, args.checkpoint, "test", fgsm, "", "own", *fact) for fact in facts]
     return audit, rows, right, at, features, examples
 
 

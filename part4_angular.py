@@ -161,13 +161,13 @@ def main(argv=None):
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.2,
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
-    average = common.average_of(model, args.epochs * steps)  # what is tested: its accuracy is steadier than the last
+    average = common.Average(model, args.epochs * steps)  # what is tested: steadier than the last weights
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler,
              "criterion": criterion}
-    done, history = common.resume(paths("_state.pt"), args, state, generator) if args.resume else (0, [])
+    done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume
     some = common.spread(len(split.train_labels), 1000)  # enough for class means on the learning curve
     for number in range(done, args.epochs):
         model.train()
@@ -182,20 +182,21 @@ def main(argv=None):
             loss = criterion(embeddings, labels)
             amp.step(loss, optimizer)
             scheduler.step()
-            average.update_parameters(model)
+            average.update(model)
             epoch.add(loss, None, labels)
         fit_head(average.module, split.train_images[some], split.train_labels[some], amp)
         history.append(epoch.finish(common.watch(average.module, split, amp), scheduler))
-        common.save_state(paths("_state.pt"), args, number + 1, history, state, generator)
+        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
         report.write_history(paths, history, run)
 
     model = average.module
     fit_head(model, split.train_images, split.train_labels, amp)
     passes = common.predict_splits(model, split, data, amp)  # {"train", "evaluation", "test"}: (Prediction, labels)
     rows = report.clean_rows(run, paths(".pt"), passes)
-    rows += report.clean_umap(paths, run, paths(".pt"), passes)
+    report.retire(paths, model)  # part 2's results of a former checkpoint
     common.save_checkpoint(paths(".pt"), model, run | {"outputs": EMBEDDING, "head": "class_means",
                                                        "epoch": args.epochs, "metrics": report.headline(rows)})
+    rows += report.clean_umap(paths, run, paths(".pt"), passes)
     report.write_rows(paths(".csv"), rows)
     report.write_arrays(paths("_correct.npz"), **{"clean/": report.correct(passes["test"][0].logits, data.test_labels)})
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)

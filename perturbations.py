@@ -73,10 +73,12 @@ def gaussian_noise(images, level, generator):
 
 @perturbation("noise")
 def shot_noise(images, level, generator):
-    """Photon noise: Poisson counts with `photons` at full brightness."""
+    """Photon noise for `photons` at full brightness, as the normal distribution of a Poisson count's variance.
+
+    (A Poisson generator takes more or fewer draws as the pixels are: an image would depend on those before it.)
+    """
     photons = (500, 250, 100, 75, 50)[level]
-    counts = torch.poisson(images.to(generator.device) * photons, generator=generator)
-    return counts.to(images.device) / photons
+    return images + (images / photons).sqrt() * normal_like(images, generator)
 
 
 @perturbation("noise")
@@ -123,8 +125,8 @@ def motion_blur(images, level, generator):
 def pixelate(images, level, generator):
     """Averages down to fewer pixels a side (of 32), then repeats them back up."""
     height, width = images.shape[2:]
-    share = (28, 24, 20, 16, 12)[level] / 32
-    small = F.interpolate(images, size=(round(share * height), round(share * width)), mode="area")
+    share = (26, 22, 18, 14, 10)[level] / 32
+    small = F.interpolate(images, size=(round(share * height), round(share * width)), mode="bilinear", antialias=True)
     return F.interpolate(small, size=(height, width), mode="nearest-exact")
 
 
@@ -150,7 +152,7 @@ def jpeg(images, level, generator):
 
 def luma(images):
     """(N,1,H,W) brightness as ITU-R BT.601 weighs it."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return 0.299 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
 
 
 def adjust_contrast(images, factor):

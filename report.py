@@ -20,7 +20,7 @@ MODELS = {"part1": "cross-entropy", "part3": "augmented", "part4": "angular", "p
 PART_COLORS = dict(zip(MODELS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))  # Okabe & Ito 2008
 CLASS_COLORS = ("#CC6677", "#332288", "#B8A030", "#117733", "#56B4E9", "#882255", "#44AA99", "#6A6A00", "#AA4499",
                 "#777777")  # Paul Tol's "muted", its two palest darkened
-ATTACKS = ("fgsm", "pgd", "random_sign")
+ATTACKS = {"inf": ("fgsm", "pgd", "random_sign"), "2": ("fgsm_l2", "pgd_l2", "random_l2")}  # by norm
 LOCKS = {}  # path -> open file
 NEIGHBOURS = 20  # of the k-nearest-neighbour measures
 
@@ -69,10 +69,24 @@ def lock(folder, name):
     LOCKS.pop(path, None)  # a second run in the same process, as tests and notebooks have it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise common.UsageError(f"another run is writing {folder}/{name}.*; wait for it, or give another "
                                 "--results-dir") from None
     LOCKS[path] = file
+    for left in folder.glob(f".{name}_state-*.pt"):  # by a run that was killed while it wrote
+        left.unlink()
+
+
+def retire(paths, model):
+    """Removes part 2's results of the part's former checkpoint, unless it holds the very weights of `model`."""
+    try:
+        former = common.load_checkpoint(paths(".pt"), "cpu")[0].state_dict()
+    except common.UsageError:
+        former = {}
+    now = model.state_dict()
+    if former.keys() != now.keys() or any(not torch.equal(former[k], now[k].cpu()) for k in now):
+        for path in paths.folder.glob(f"{robustness_name(paths.name)}[._]*"):
+            path.unlink()
 
 
 def row(run, checkpoint, split, condition, severity, head, metric, value, n, interval=("", "")):
@@ -131,7 +145,7 @@ def write_arrays(path, **arrays):
 
 
 def write_history(paths, history, run):
-    write_rows(paths("_history.csv"), history)
+    write_rows(paths("_history.csv"), [{"dataset": run["dataset"], "seed": run["seed"]} | h for h in history])
     plot_history(paths("_history.png"), history, run)
 
 
@@ -232,7 +246,7 @@ def plot_history(path, history, run):
     left.plot(epochs, [h["loss"] for h in history], color="#0072B2")
     left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None))
     for key, label, color in (("train_accuracy", "training batches", "#0072B2"),
-                              ("eval_accuracy", "evaluation split (500 images), averaged weights", "#D55E00")):
+                              ("eval_accuracy", "part of the evaluation split, averaged weights", "#D55E00")):
         if not all(math.isnan(h[key]) for h in history):
             right.plot(epochs, [100 * h[key] for h in history], color=color, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
@@ -290,17 +304,18 @@ def umap_panels(paths, run, checkpoint, panels, ending="_umap", columns=4):
                  row(run, checkpoint, split, condition, severity, "", "silhouette in 512-d", width, len(labels))]
         titles.append(f"{title}\n20-NN {percent(rows[-2]['value'])} %, silhouette {width:.2f}")
     if not run["args"]["no_umap"]:
+        labels = [p[5].cpu().numpy() for p in panels]
         try:
             features = torch.cat([p[4] for p in panels])
             coordinates = common.umap_coordinates(features, run["seed"])
+            points = np.split(coordinates, np.cumsum([len(p[4]) for p in panels])[:-1])
+            write_arrays(paths(f"{ending}.npz"), coordinates=coordinates, label=np.concatenate(labels),
+                         panel=np.repeat([p[0] for p in panels], [len(p) for p in points]))
+            plot_scatters(paths(f"{ending}.png"), titles, points, labels, run, columns)
+        except common.RunError:  # a full disk
+            raise
         except Exception as error:  # numba and umap-learn raise whatever they like
             print(f"UMAP failed ({type(error).__name__}: {error}); no picture, the numbers stand")
-            return rows
-        points = np.split(coordinates, np.cumsum([len(p[4]) for p in panels])[:-1])
-        labels = [p[5].cpu().numpy() for p in panels]
-        write_arrays(paths(f"{ending}.npz"), coordinates=coordinates, label=np.concatenate(labels),
-                     panel=np.repeat([p[0] for p in panels], [len(p) for p in points]))
-        plot_scatters(paths(f"{ending}.png"), titles, points, labels, run, columns)
     return rows
 
 
@@ -310,7 +325,7 @@ def plot_scatters(path, titles, points, labels, run, columns):
     columns = min(columns, len(points))
     lines = math.ceil(len(points) / columns)
     classes = run["classes"]
-    colors = [CLASS_COLORS[c % len(CLASS_COLORS)] for c in range(len(classes))]
+    colors = CLASS_COLORS if len(classes) <= 10 else plt.get_cmap("hsv")(np.linspace(0, 0.95, len(classes)))
     size = (2.5 if columns > 2 else 3.6)
     figure, grid = plt.subplots(lines, columns, figsize=(size * columns, size * lines + 0.5), squeeze=False,
                                 sharex=True, sharey=True, layout="constrained")
@@ -327,7 +342,7 @@ def plot_scatters(path, titles, points, labels, run, columns):
     for axes in list(grid.flat)[len(points):]:
         axes.set_visible(False)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=name)
-               for color, name in zip(colors, classes, strict=True)]
+               for color, name in zip(colors, classes, strict=False)]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5 if columns < 3 else 10, len(classes)),
                   fontsize=8, handletextpad=0.1, columnspacing=1.0)
     save(figure, path, f"{run['part']} on {run['dataset']}: UMAP of the backbone's 512-d output, n = {len(points[0])} "
@@ -381,8 +396,9 @@ def plot_attack(path, rows, run, norm, audit):
     """Accuracy over eps under FGSM, beside PGD and random signs of the same eps, and what the audit found."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
-    for attack, label, color, marker in (("random_sign", "random noise of the same size", "#777777", "s"),
-                                         ("fgsm", "FGSM", "#0072B2", "o"), ("pgd", "PGD, 10 steps", "#D55E00", "^")):
+    styles = (("FGSM", "#0072B2", "o"), ("PGD, 10 steps", "#D55E00", "^"),
+              ("random noise of the same size", "#777777", "s"))
+    for attack, (label, color, marker) in zip(ATTACKS[norm], styles, strict=True):
         mine = sorted((r for r in rows if r["condition"] == attack and r["metric"] == "accuracy"),
                       key=lambda r: r["severity"])
         if mine:
@@ -391,6 +407,6 @@ def plot_attack(path, rows, run, norm, audit):
                           color=color, marker=marker, markersize=4, capsize=2)
     axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
     axes.legend(fontsize=8)
-    failed = [name for name, _, passed in audit if not passed]
+    failed = [name for name, _, passed, _ in audit if not passed]
     verdict = f"AUDIT FAILED: {'; '.join(failed)}." if failed else "All audits of the attack pass."
     save(figure, path, f"{run['part']} on {run['dataset']}, test images, true labels, float32. {verdict}")

@@ -6,7 +6,6 @@ deviation, on the terminal and in seeds.md beside them:
     python summary.py results/seed0 results/seed1 results/seed2
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,11 @@ import arguments
 import common
 import report
 
-REFERENCE = "part1"  # what every other model is compared with, on the same images
+REFERENCE = {"part3": "part1", "part4": "part1", "part4_augmented": "part3"}  # compared with, on the same images
 ALPHA = 0.05  # of Holm's correction over the whole table of one model
-COLUMNS = ("condition", "severity", "family", "trained_on", "part", "accuracy", "ci_low", "ci_high", "n",
-           "difference", "p_holm", "verdict")
+COLUMNS = ("dataset", "split_hash", "condition", "severity", "family", "in_part3_training", "part", "accuracy",
+           "ci_low", "ci_high", "n", "reference", "difference", "p_holm", "verdict")
+ATTACKS = sum(report.ATTACKS.values(), ())
 NONE = np.zeros(0, bool)
 QUESTIONS = {
     "part1": "How well does the network generalize from one fifth of the training data?",
@@ -33,28 +33,41 @@ def compare(folder):
     """Writes the three files of the comparison into `folder` and prints its table."""
     folder = Path(folder)
     table = comparison(folder)
-    models = [m for m in report.MODELS if any(r["part"] == m for r in table)]
+    names = labels(folder, table)
     report.write_rows(folder / "comparison.csv", table)
-    plot_comparison(folder / "comparison.png", table, models, dataset(folder))
+    plot_comparison(folder / "comparison.png", shared(table), names)
     with common.atomic(folder / "summary.md") as temporary:
-        temporary.write_text(summary(folder, table, models))
-    report.print_table(f"Comparison on {dataset(folder)}, test accuracy in % ({folder}/summary.md)", header(models),
-                       [(title.strip("*"), *cells(values)) for title, values in overview(table, models)])
+        temporary.write_text(summary(folder, table, names))
+    report.print_table(f"Comparison on {table[0]['dataset']}, test accuracy in % ({folder}/summary.md)", header(names),
+                       [(title.strip("*"), *cells(values)) for title, values in overview(shared(table), list(names))])
 
 
-def dataset(folder):
-    return report.read_all(folder)[0]["dataset"]
+def labels(folder, table):
+    """The models that are there, with what each was trained with: {"part1": "cross-entropy", …}."""
+    names = {m: label for m, label in report.MODELS.items() if any(r["part"] == m for r in table)}
+    for model in names:
+        meta = common.read_meta(folder / f"{model}.pt")
+        loss = meta["args"].get("loss", "angular") if meta else "angular"
+        names[model] = names[model].replace("angular", loss)
+    return names
 
 
 def comparison(folder):
-    """One row a model and condition: accuracy of its own head on the test set, and the test against part 1."""
-    accuracy, correct = {}, {}
-    for row in report.read_all(folder):
+    """One row a model and condition: accuracy of its own head on the test set, and the test against its reference.
+
+    Raises UsageError if the tables in `folder` are not of one data set and split.
+    """
+    accuracy, correct, rows = {}, {}, report.read_all(folder)
+    studies = {(r["dataset"], r["split_hash"]) for r in rows}
+    if len(studies) != 1:
+        raise common.UsageError(f"{folder} holds results of {len(studies)} data sets or splits, expected one: "
+                                f"{sorted(studies)}; give each its own --results-dir")
+    for row in rows:  # a part's own table comes before part 2's on it, and counts
         if row["split"] == "test" and row["head"] == "own" and row["metric"] == "accuracy":
-            part = REFERENCE if row["part"] == "part2" else row["part"]
-            accuracy[row["condition"], row["severity"], part] = row
+            part = "part1" if row["part"] == "part2" else row["part"]
+            accuracy.setdefault((row["condition"], row["severity"], part), row)
     for model in report.MODELS:
-        for name in (model, report.robustness_name(model)):
+        for name in (report.robustness_name(model), model):
             path = folder / f"{name}_correct.npz"
             if path.exists():
                 with np.load(path) as file:
@@ -62,23 +75,33 @@ def comparison(folder):
     table = []
     for part in report.MODELS:
         mine = [key for key in accuracy if key[2] == part]
-        pairs = {k: (correct.get(k, NONE), correct.get((*k[:2], REFERENCE), NONE)) for k in mine if part != REFERENCE}
-        tested = [k for k, (ours, theirs) in pairs.items() if 0 < len(ours) == len(theirs)]  # the same images
-        p_values = [common.mcnemar(*pairs[k]) for k in tested]
-        adjusted = dict(zip(tested, common.holm(p_values), strict=True))
+        pairs = {k: (correct.get(k, NONE), correct.get((*k[:2], REFERENCE.get(part)), NONE)) for k in mine}
+        tested = [k for k, (ours, theirs) in pairs.items() if 0 < len(ours) == len(theirs) and k[1] != "0"]
+        adjusted = dict(zip(tested, common.holm([common.mcnemar(*pairs[k]) for k in tested]), strict=True))
         for key in mine:
             condition, severity, _ = key
-            row, reference = accuracy[key], accuracy.get((condition, severity, REFERENCE))
-            difference = float(row["value"]) - float(reference["value"]) if key in adjusted else ""
-            family = common.FAMILY.get(condition, "attack" if condition in report.ATTACKS
-                                       else "CIFAR-10-C" if condition.startswith("cifar10c ") else "")
-            verdict = "" if key not in adjusted else "no difference shown" if adjusted[key] >= ALPHA else (
-                "better" if difference > 0 else "worse")
-            trained_on = "" if condition not in common.FAMILY else "yes" if family in common.SEEN_FAMILIES else "no"
+            row, family = accuracy[key], common.FAMILY.get(condition, "")
+            if not family and condition != "clean":
+                family = "attack" if condition in ATTACKS else "CIFAR-10-C"
+            seen = "" if condition not in common.FAMILY else "yes" if family in common.SEEN_FAMILIES else "no"
+            reference = difference = verdict = ""
+            if key in adjusted:
+                reference, difference = REFERENCE[part], float(pairs[key][0].mean() - pairs[key][1].mean())
+                verdict = "no difference shown" if adjusted[key] >= ALPHA else "better" if difference > 0 else "worse"
             table.append(dict(zip(COLUMNS, (
-                condition, severity, family, trained_on, part, float(row["value"]), float(row["ci_low"]),
-                float(row["ci_high"]), int(row["n"]), difference, adjusted.get(key, ""), verdict), strict=True)))
+                row["dataset"], row["split_hash"], condition, severity, family, seen, part, float(row["value"]),
+                float(row["ci_low"]), float(row["ci_high"]), int(row["n"]), reference, difference,
+                adjusted.get(key, ""), verdict), strict=True)))
     return table
+
+
+def shared(table):
+    """The rows whose condition all models have that part 2 was run on: means over others would not compare."""
+    conditions = {}
+    for r in table:
+        conditions.setdefault(r["part"], set()).add((r["condition"], r["severity"]))
+    tested = [keys for keys in conditions.values() if len(keys) > 1]
+    return [r for r in table if all((r["condition"], r["severity"]) in keys for keys in tested)]
 
 
 def mean(table, part, wanted):
@@ -101,7 +124,7 @@ def overview(table, models):
     held_out = [c for c, f in families.items() if f in common.HELD_OUT_FAMILIES]
     published = [c for c, f in families.items() if f == "CIFAR-10-C"]
     attacks = sorted({(r["condition"], float(r["severity"])) for r in table if r["family"] == "attack"})
-    attacks = [(c, e) for c, e in attacks if e > 0 and (c != "random_sign" or ("pgd", e) in attacks)]
+    attacks = [(c, e) for c, e in attacks if e > 0]
 
     def values(wanted):
         return np.array([mean(table, m, wanted) for m in models])
@@ -116,16 +139,17 @@ def overview(table, models):
     perturbed = seen + held_out
     if perturbed:
         errors = np.array([1 - of(c) for c in perturbed])  # (conditions, models)
-        reference = [1 - mean(table, REFERENCE, lambda r, c=c: r["condition"] == c) for c in perturbed]
+        reference = np.array([[1 - mean(table, "part1", lambda r, c=c: r["condition"] == c)] for c in perturbed])
+        reference[reference == 0] = np.nan
         lines += [("**mean over perturbations (mPC)**", of(*perturbed)),
                   ("mPC relative to clean", of(*perturbed) / of("clean")),
-                  ("corruption error (part 1: 100)", (errors / np.maximum(reference, 1e-9)[:, None]).mean(0))]
+                  ("corruption error (part 1: 100)", (errors / reference).mean(0))]
     return lines + [(f"{c.replace('_', ' ')} {e:g}/255",
                      values(lambda r, c=c, e=e: r["condition"] == c and float(r["severity"]) == e)) for c, e in attacks]
 
 
-def header(models):
-    return ("condition", *(f"{m} ({report.MODELS[m]})" for m in models))
+def header(names):
+    return ("condition", *(f"{model} ({label})" for model, label in names.items()))
 
 
 def cells(values):
@@ -133,44 +157,44 @@ def cells(values):
 
 
 def answer(part, table, rows):
-    """One sentence, made from the numbers; None where they are not there."""
+    """One sentence or two, made from the numbers; empty where they are not there."""
     def perturbed(r):
         return r["condition"] in common.FAMILY
 
     def percent(model, wanted):
         return f"{100 * mean(table, model, wanted):.1f} %"
 
-    mine = [r for r in table if r["part"] == part]
-    if part == "part1" and mine:
-        found = {r["split"]: r for r in rows if (r["part"], r["condition"], r["head"], r["metric"])
-                 == ("part1", "clean", "own", "accuracy")}
-        return "It classifies " + " and ".join(
-            f"{report.percent(r['value'])} % of the {int(r['n']):,} {name} images (95 % interval "
-            f"{report.percent(r['ci_low'])}–{report.percent(r['ci_high'])})" for name, r in found.items()) + "."
     if part == "part2":
-        mine = [r for r in table if r["part"] == REFERENCE and perturbed(r)]
-        if mine:
-            worst = min(mine, key=lambda r: r["accuracy"])
-            name = f"{worst['condition'].replace('_', ' ')} {worst['severity']}".strip()
-            sentence = (f"Accuracy is {percent(REFERENCE, lambda r: r['condition'] == 'clean')} on clean images and "
-                        f"{percent(REFERENCE, perturbed)} in the mean over perturbations; lowest under "
-                        f"{name} ({report.percent(worst['accuracy'])} %)")
-            attacks = {float(r["severity"]): r for r in table if r["part"] == REFERENCE and r["condition"] == "fgsm"}
-            return sentence + "".join(f"; FGSM at {eps:g}/255 leaves {report.percent(attacks[eps]['accuracy'])} %"
-                                      for eps in (1, 8) if eps in attacks) + "."
-    tested = [r for r in mine if r["verdict"]]
-    if part in report.MODELS and part != REFERENCE and tested:
-        clean = next((r for r in tested if r["condition"] == "clean"), None)
-        others = [r for r in tested if r["condition"] != "clean"]
-        counts = ", ".join(f"{verdict} in {sum(r['verdict'] == verdict for r in others)}"
-                           for verdict in ("better", "worse"))
-        sentence = "" if clean is None else (f"On clean test images {100 * clean['difference']:+.1f} points against "
-                                             f"part 1: {clean['verdict']}. ")
-        if any(perturbed(r) for r in others):
-            sentence += f"Mean over perturbations {percent(part, perturbed)}, part 1 {percent(REFERENCE, perturbed)}. "
-        return sentence + (f"Of {len(others)} perturbed and attacked conditions: {counts}, the rest shows no "
-                           "difference." if others else "")
-    return None
+        mine = [r for r in table if r["part"] == "part1" and perturbed(r)]
+        if not mine:
+            return ""
+        worst = min(mine, key=lambda r: r["accuracy"])
+        name = f"{worst['condition'].replace('_', ' ')} {worst['severity']}".strip()
+        attacks = {r["severity"]: r for r in table if r["part"] == "part1" and r["condition"] == "fgsm"}
+        return (f"Accuracy is {percent('part1', lambda r: r['condition'] == 'clean')} on clean images and "
+                f"{percent('part1', perturbed)} in the mean over perturbations; lowest under {name} "
+                f"({report.percent(worst['accuracy'])} %)") + "".join(
+                    f"; FGSM at {eps}/255 leaves {report.percent(attacks[eps]['accuracy'])} %"
+                    for eps in ("1", "8") if eps in attacks) + "."
+    found = {r["split"]: r for r in rows if (r["part"], r["condition"], r["head"], r["metric"])
+             == (part, "clean", "own", "accuracy") and r["checkpoint"].endswith(f"{part}.pt")}
+    if "evaluation" not in found:
+        return ""
+    sentence = "It classifies " + " and ".join(
+        f"{report.percent(r['value'])} % of the {int(r['n']):,} {name} images (95 % interval "
+        f"{report.percent(r['ci_low'])}–{report.percent(r['ci_high'])})" for name, r in found.items()) + "."
+    tested = [r for r in table if r["part"] == part and r["verdict"]]
+    reference = REFERENCE.get(part)
+    for r in tested:
+        if r["condition"] == "clean":
+            sentence += f" On clean test images {100 * r['difference']:+.1f} points to {reference}: {r['verdict']}."
+    if any(perturbed(r) for r in tested):
+        sentence += f" Mean over perturbations {percent(part, perturbed)}, {reference} {percent(reference, perturbed)}."
+    others = [r["verdict"] for r in tested if r["condition"] != "clean"]
+    if others:
+        sentence += (f" Of {len(others)} perturbed and attacked conditions better in {others.count('better')}, worse "
+                     f"in {others.count('worse')}; the rest shows no difference.")
+    return sentence
 
 
 def markdown_table(first, lines):
@@ -178,23 +202,27 @@ def markdown_table(first, lines):
     return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in rows)
 
 
-def summary(folder, table, models):
+def summary(folder, table, names):
     """The text of summary.md."""
-    rows = report.read_all(folder)
-    missing, text = [], [f"# Results on {dataset(folder)}", ""]
+    rows, alike = report.read_all(folder), shared(table)
+    missing, text = [], [f"# Results on {table[0]['dataset']}", ""]
     for part, question in QUESTIONS.items():
-        sentence = answer(part, table, rows)
+        sentence = answer(part, alike, rows)
         if sentence:
+            question = question.replace("Angular loss", f"{names.get(part, 'angular').split(',')[0]} loss")
             text += [f"**{part}. {question}** {sentence}", ""]
         else:
             missing.append(part)
-    lines = [(title, *cells(values)) for title, values in overview(table, models)]
-    severities = ", ".join(sorted({r["severity"] for r in table if r["condition"] in common.FAMILY} - {""}))
+    lines = [(title, *cells(values)) for title, values in overview(alike, list(names))]
+    severities = ", ".join(sorted({r["severity"] for r in alike if r["condition"] in common.FAMILY} - {""}))
+    left_out = len({(r["condition"], r["severity"]) for r in table}) - len(
+        {(r["condition"], r["severity"]) for r in alike})
     text += ["## Accuracy on the test set (%)", "",
-             f"Means over severities (tested: {severities or 'none yet'}); `comparison.csv` has each, with intervals "
-             f"and tests. \"Seen\" families ({', '.join(common.SEEN_FAMILIES)}) are in part 3's training data, the "
-             f"held-out one ({', '.join(common.HELD_OUT_FAMILIES)}) never is.", "",
-             markdown_table(header(models), lines), "",
+             f"Means over severities (tested: {severities or 'none yet'}); `comparison.csv` has each, with n, "
+             f"intervals and tests. \"Seen\" families ({', '.join(common.SEEN_FAMILIES)}) are in part 3's training "
+             f"data, the held-out one ({', '.join(common.HELD_OUT_FAMILIES)}) never is."
+             + f" {left_out} conditions that not every model was tested on are left out." * bool(left_out), "",
+             markdown_table(header(names), lines), "",
              "\"Better\" and \"worse\" are said where McNemar's exact test on the same images, Holm-corrected over "
              f"all conditions of a model, gives p < {ALPHA}. They speak of these trained networks, not of "
              "other seeds.", ""]
@@ -205,14 +233,14 @@ def summary(folder, table, models):
              "`own` is the part's classifier; `class_means` and `knn` (k = 20) use the backbone's 512-d output and the "
              "training images alone.", "",
              markdown_table(("part", *(f"{s}, {h}" for s, h in columns)), [
-                 (m, *(by_head.get((m, *column), "-") for column in columns)) for m in models]), ""]
+                 (m, *(by_head.get((m, *column), "-") for column in columns)) for m in names]), ""]
     audits = [r for r in rows if r["metric"].startswith("audit: ")]
     failed = [f"{r['checkpoint']}: {r['metric'].removeprefix('audit: ')}" for r in audits if float(r["value"]) != 1]
     if audits:
         text += ["## Audit of the attacks", "", f"{len(audits) - len(failed)} of {len(audits)} checks passed."
                  + "".join(f"\n- **failed**: {line}" for line in failed), ""]
     text += ["## What ran", ""]
-    for model in models:
+    for model in names:
         meta = common.read_meta(folder / f"{model}.pt")
         if meta:
             versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
@@ -222,8 +250,8 @@ def summary(folder, table, models):
     return "\n".join(text)
 
 
-def plot_comparison(path, table, models, dataset):
-    plt = report.pyplot()
+def plot_comparison(path, table, names):
+    plt, models = report.pyplot(), list(names)
     conditions = list(dict.fromkeys(r["condition"] for r in table if r["family"] != "attack"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.3 * len(conditions) + 2.2), layout="constrained",
                                          width_ratios=(3, 2))
@@ -233,7 +261,7 @@ def plot_comparison(path, table, models, dataset):
     for offset, model in zip(0.15 * ((len(models) - 1) / 2 - np.arange(len(models))), models, strict=True):
         values = [mean(table, model, lambda r, c=c: r["condition"] == c) * 100 for c in order]
         left.plot(values, np.arange(len(order)) + offset, "o", markersize=5, color=report.PART_COLORS[model],
-                  label=f"{model} ({report.MODELS[model]})")
+                  label=f"{model} ({names[model]})")
         attack = sorted((float(r["severity"]), r["accuracy"] * 100, (r["accuracy"] - r["ci_low"]) * 100,
                          (r["ci_high"] - r["accuracy"]) * 100) for r in table
                         if r["part"] == model and r["condition"] == "fgsm")
@@ -246,7 +274,7 @@ def plot_comparison(path, table, models, dataset):
     left.set(xlabel="test accuracy (%), mean over severities", xlim=(0, 100))
     right.set(xlabel="FGSM eps (1/255)", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, None))
     figure.legend(loc="outside upper center", ncols=len(models), fontsize=8)
-    report.save(figure, path, f"{dataset}, test images, 95 % intervals under attack.")
+    report.save(figure, path, f"{table[0]['dataset']}, test images, 95 % intervals under attack.")
 
 
 def compare_seeds(folders):
@@ -262,8 +290,9 @@ def compare_seeds(folders):
     if len(studies) > 1 or len(set(seeds)) < len(seeds) or len(seeds) < 2:
         raise common.UsageError(f"expected at least two directories of one data set and split and of different seeds; "
                                 f"found {sorted(studies)} and the seeds {seeds}")
-    models = [m for m in report.MODELS if all(any(r["part"] == m for r in table) for table in tables)]
-    overviews = [dict(overview(table, models)) for table in tables]
+    names = {m: label for m, label in report.MODELS.items()
+             if all(any(r["part"] == m for r in table) for table in tables)}
+    overviews = [dict(overview(shared(table), list(names))) for table in tables]
     lines = []
     for title in (t for t in overviews[0] if all(t in o for o in overviews)):
         values = 100 * np.array([o[title] for o in overviews])  # (seeds, models)
@@ -271,12 +300,14 @@ def compare_seeds(folders):
                                                                    strict=True))))
     name = studies.pop()[0]
     report.print_table(f"{name}, test accuracy in %, mean ± standard deviation of {len(tables)} trainings",
-                       header(models), [(title.strip("*"), *line) for title, *line in lines])
+                       header(names), [(title.strip("*"), *line) for title, *line in lines])
     with common.atomic(Path(folders[0]).parent / "seeds.md") as temporary:
         temporary.write_text("\n".join([
             f"# {len(tables)} trainings on {name}", "", "Test accuracy in %, mean ± standard deviation (n - 1) over "
-            f"{', '.join(map(str, folders))}.", "", markdown_table(header(models), lines), ""]))
+            f"{', '.join(map(str, folders))}.", "", markdown_table(header(names), lines), ""]))
 
 
 if __name__ == "__main__":
-    arguments.run(lambda: compare_seeds(sys.argv[1:]))
+    parser = arguments.new_parser(__doc__)
+    parser.add_argument("folder", nargs="+", help="results directories, one a seed")
+    arguments.run(lambda: compare_seeds(parser.parse_args().folder))

@@ -35,7 +35,7 @@ def audit(model, images, labels):
     args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "--audit-images", "24"])
     run = {"part": "part2", "dataset": "test", "seed": 0, "split_hash": "-"}
     checks, rows, *_ = part2_robustness.attack(args, run, model, images, labels)
-    failed = [name for name, _, passed in checks if not passed]
+    failed = [name for name, _, passed, _ in checks if not passed]
     assert sorted(failed) == sorted(r["metric"].removeprefix("audit: ") for r in rows if r["value"] == 0.0
                                     and r["metric"].startswith("audit: "))
     return failed
@@ -130,7 +130,7 @@ def test_a_failed_audit_is_said_in_the_plot(victim, monkeypatch, tmp_path):
     captions = []
     monkeypatch.setattr(report, "save", lambda figure, path, caption: captions.append(caption))
     run = {"part": "part2", "dataset": "test"}
-    report.plot_attack(tmp_path / "x.png", [], run, "inf", [("eps 0 equals clean", "3 differ", False)])
-    report.plot_attack(tmp_path / "x.png", [], run, "inf", [("eps 0 equals clean", "0 differ", True)])
+    report.plot_attack(tmp_path / "x.png", [], run, "inf", [("eps 0 equals clean", "3 differ", False, 40)])
+    report.plot_attack(tmp_path / "x.png", [], run, "inf", [("eps 0 equals clean", "0 differ", True, 40)])
     assert "AUDIT FAILED: eps 0 equals clean" in captions[0]
     assert "All audits of the attack pass" in captions[1]

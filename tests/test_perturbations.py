@@ -98,7 +98,7 @@ def test_posterize_against_torchvision(photos, severity):
 @pytest.mark.parametrize("severity", range(1, 6))
 def test_pixelate_keeps_the_mean_color_and_only_so_many_pixels(photos, severity):
     result = apply("pixelate", photos / 255, severity)
-    side = (28, 24, 20, 16, 12)[severity - 1]
+    side = (26, 22, 18, 14, 10)[severity - 1]
     assert all(len(image[0].unique(dim=0)) <= side for image in result)
     assert (result.mean((2, 3)) - (photos / 255).mean((2, 3))).abs().max() < 0.05
 
@@ -146,6 +146,9 @@ def test_test_set_is_frozen(photos):
         whole = common.perturb(many, name, 2)
         assert whole.dtype == torch.uint8
         assert torch.equal(whole[:510], common.perturb(many[:510], name, 2))
+        other = many.clone()
+        other[0] = 255 - other[0]
+        assert torch.equal(whole[1:], common.perturb(other, name, 2)[1:])  # nor on what they show
     digest = hashlib.sha256(common.perturb(photos, "salt_and_pepper", 5).numpy().tobytes()).hexdigest()[:16]
     assert digest == "eb4a76803e91f8dd"  # must never change: published numbers are of these pixels
 
