@@ -18,7 +18,8 @@ from PIL import Image
 import common
 import report
 
-SMALL = ["--dataset", "digits", "--quick", "--umap-points", "60"]
+# float32, since a precision that is chosen by a measurement may be another one under load
+SMALL = ["--dataset", "digits", "--quick", "--umap-points", "60", "--amp", "off"]
 
 
 def start(script, *arguments, cwd=ROOT, **options):
@@ -46,7 +47,8 @@ def results(tmp_path_factory):
     """The four parts in order, as a grader runs them."""
     folder = tmp_path_factory.mktemp("results")
     run("part1_baseline", *SMALL, "--results-dir", folder)
-    run("part2_robustness", "--checkpoint", folder / "part1.pt", "--results-dir", folder, "--umap-points", 60)
+    run("part2_robustness", "--checkpoint", folder / "part1.pt", "--results-dir", folder, "--umap-points", 60,
+        "--amp", "off")
     run("part3_augmented", *SMALL, "--results-dir", folder)
     run("part4_angular", *SMALL, "--results-dir", folder)
     return folder
@@ -93,7 +95,7 @@ def test_the_table_is_what_the_checkpoint_does(results):
         with torch.no_grad():
             logits = model(data.test_images.float() / 255)
         right = (logits.argmax(1) == data.test_labels).float().mean().item()
-        assert right == pytest.approx(meta["metrics"]["test"], abs=0.02)  # the table was made in bf16
+        assert right == pytest.approx(meta["metrics"]["test"], abs=0.011)  # one image of 100
         row = next(r for r in read(results / f"{part}.csv") if (r["split"], r["head"]) == ("test", "own"))
         assert float(row["value"]) == pytest.approx(meta["metrics"]["test"], abs=1e-6)
 
@@ -123,7 +125,7 @@ def test_one_umap_frame_for_all_conditions_of_a_model(results):
 def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, tmp_path):
     for part, name in (("part3", "part3_robustness"), ("part4", "part4_robustness")):
         run("part2_robustness", "--checkpoint", results / f"{part}.pt", "--results-dir", tmp_path, "--no-umap",
-            "--perturbations", "gaussian_noise", "--eps-255", 0, 8)
+            "--perturbations", "gaussian_noise", "--eps-255", 8, "--amp", "off")
         first = {(r["condition"], r["severity"]): r["value"] for r in read(results / f"{name}.csv")
                  if r["metric"] == "accuracy" and r["condition"] != "pgd"}
         again = {(r["condition"], r["severity"]): r["value"] for r in read(tmp_path / f"{name}.csv")
@@ -141,14 +143,15 @@ def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
                 pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
     run("part1_baseline", "--dataset", "folder", "--data-dir", tmp_path / "data", "--train-fraction", "0.5", "--quick",
-        "--no-umap", "--results-dir", tmp_path)
+        "--no-umap", "--results-dir", tmp_path, "--amp", "off")
     tree = tmp_path / "CIFAR-10-C"
     tree.mkdir()
     pixels = random.randint(0, 256, (100, 32, 32, 3), dtype=np.uint8)
     pixels[40:60] = pixels[:20]  # severity 3 shows the images of severity 1
     np.save(tree / "labels.npy", np.tile(np.arange(20, dtype=np.uint8) % 10, 5))
     np.save(tree / "fog.npy", pixels)
-    arguments = ["--checkpoint", tmp_path / "part1.pt", "--no-umap", "--perturbations", "grayscale", "--eps-255", 0]
+    arguments = ["--checkpoint", tmp_path / "part1.pt", "--no-umap", "--perturbations", "grayscale", "--eps-255", 0,
+                 "--amp", "off"]
     run("part2_robustness", *arguments, "--results-dir", tmp_path, "--cifar10c", tree)
     rows = {r["severity"]: float(r["value"]) for r in read(tmp_path / "part2.csv") if r["condition"] == "cifar10c fog"}
     assert list(rows) == ["1", "2", "3", "4", "5"]
@@ -158,7 +161,7 @@ def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
         with torch.no_grad():
             block = torch.from_numpy(pixels[20 * severity - 20 : 20 * severity]).permute(0, 3, 1, 2) / 255
             right = (model(block).argmax(1) == torch.arange(20) % 10).float().mean().item()
-        assert rows[str(severity)] == pytest.approx(right, abs=0.101)  # the table is in bf16
+        assert rows[str(severity)] == pytest.approx(right, abs=0.051)  # one image of 20
     assert "cifar10c fog" in (tmp_path / "summary.md").read_text()
     np.save(tree / "snow.npy", pixels[:20])
     for checkpoint, message in ((tmp_path / "part1.pt", "snow.npy is uint8 (20, 32, 32, 3)"),
@@ -272,7 +275,7 @@ def test_another_data_set_or_split_is_refused_and_nothing_is_touched(results, tm
     assert "split" in err
     _, err = run("part2_robustness", "--checkpoint", results / "part1.pt", "--split-seed", "1", "--results-dir",
                  tmp_path, code=2)
-    assert "was trained on the split" in err
+    assert "was trained on the data or split" in err
     assert contents(results) == before
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,9 @@ import common
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (10, 10), (7412, 10_000), (1, 1)])
 def test_wilson_against_scipy(correct, n):
     expected = binomtest(correct, n).proportion_ci(method="wilson")
-    assert common.wilson_interval(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    low, high = common.wilson_interval(correct, n)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert 0 <= low <= correct / n <= high <= 1
 
 
 @pytest.mark.parametrize(("correct", "n"), [(-1, 10), (11, 10), (0, 0)])
