@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # what `make run` trains on and how, for example: make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
 ARGS ?=
 RESULTS ?= results
-DEMO := --dataset digits --results-dir results/demo --epochs 10 --batch-size 32 --umap-points 300
+DEMO := --dataset digits --results-dir results/demo --epochs 10 --batch-size 32 --lr 0.02 --umap-points 300
 
 .PHONY: demo run test lint clean
 
