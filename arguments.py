@@ -56,7 +56,7 @@ def add_shared(parser):
         help="share of every class of the training set that is trained on; the rest is the evaluation split")
     add("--split-seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of that split: the same in all parts")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, batches, augmentation, UMAP")
-    add("--batch-size", type=number(int, 2, 65536), default=128, help="images per batch")
+    add("--batch-size", type=number(int, 2, 65536), default=64, help="images per batch")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision; auto: bf16 where this machine is faster with it, fp16 on older CUDA, else off")

@@ -14,7 +14,7 @@ import arguments
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30, lr=0.15, weight_decay=2e-3)
+    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=2e-3)
     parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
                         help="probability spread over all classes in the training target")
     return arguments.parse(parser, argv)
@@ -48,11 +48,10 @@ def crop_and_flip(images, generator, padding=4):
 
 
 def augment(images, generator, step):
-    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped, mirrored and
-    partly covered; a sixth of them each gets one more perturbation of one of the seen families, with the step's
-    turn of its members and severities."""
+    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
+    random; a sixth of them for each of the seen families gets a perturbation of it, with the step's turn of its
+    members and severities."""
     images = crop_and_flip(images, generator)
-    images = common.PERTURBATIONS["cutout"](images, 4, generator)
     groups = list(images.chunk(2 * len(common.SEEN_FAMILIES)))
     for i, family in enumerate(common.SEEN_FAMILIES[: len(groups)]):
         names = [name for name in common.PERTURBATIONS if common.FAMILY[name] == family]
