@@ -56,14 +56,14 @@ def add_shared(parser):
         help="share of every class of the training set that is trained on; the rest is the evaluation split")
     add("--split-seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of that split: the same in all parts")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, batches, augmentation, UMAP")
-    add("--batch-size", type=number(int, 2, 65536), default=64, help="images per batch")
+    add("--batch-size", type=number(int, 2, 65536), default=64, help="training images per batch")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision; auto: bf16 where this machine is faster with it, fp16 on older CUDA, else off")
     add("--umap-points", type=number(int, 50, 100_000), default=1000, help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
-    add("--resume", action="store_true", help="continue from the last finished epoch of the same command (part 2 "
-        "starts over)")
+    add("--resume", action="store_true", help="continue after the last finished epoch (part 2: condition) of the "
+        "same command")
     add("--quick", action="store_true", help="every code path in seconds: 10 images of each class, 2 epochs; "
         "all outputs are marked QUICK")
 
@@ -84,6 +84,21 @@ def from_checkpoint(parser):
             action.help += " (default: as the checkpoint was trained)"
 
 
+def check_data_arguments(values):
+    """Raises ValueError or KeyError unless `values`, from a file, holds DATA_ARGUMENTS as the command line allows."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_shared(parser)
+    if type(values["quick"]) is not bool:
+        raise ValueError("quick is not true or false")
+    for name in set(DATA_ARGUMENTS) - {"quick"}:
+        try:
+            parsed = parser.parse_args([f"--{name.replace('_', '-')}={values[name]}"])
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from None
+        if getattr(parsed, name) != values[name]:
+            raise ValueError(f"{name} is {values[name]!r}")
+
+
 def parse(parser, argv):
     """The parsed arguments, with --quick applied."""
     args = parser.parse_args(argv)
@@ -95,7 +110,8 @@ def parse(parser, argv):
 def passed_on(args):
     """The arguments that parts 3 and 4 hand on to part 2, as a command line."""
     return ["--results-dir", args.results_dir, "--batch-size", str(args.batch_size), "--device", args.device, "--amp",
-            args.amp, "--umap-points", str(args.umap_points)] + ["--no-umap"] * args.no_umap
+            args.amp, "--umap-points", str(args.umap_points), *["--no-umap"] * args.no_umap,
+            *["--resume"] * args.resume]
 
 
 def run(main):
@@ -107,5 +123,5 @@ def run(main):
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
-        print(f"\nInterrupted. Finished epochs are kept; to continue: python {command}", file=sys.stderr)
+        print(f"\nInterrupted. What is finished is kept; to continue: python {command}", file=sys.stderr)
         sys.exit(130)

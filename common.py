@@ -11,14 +11,12 @@ import hashlib
 import importlib.metadata
 import math
 import os
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arguments import RunError, UsageError
+from arguments import RunError, UsageError, check_data_arguments
 from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb, to_uint8  # noqa: F401
 
 # ---- constants ------------------------------------------------------------------------------------------------------
@@ -38,7 +36,10 @@ SIZE = 32  # side of every image, pixels
 HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
 QUICK_PER_CLASS = 10
+PARTS = ("part1", "part3", "part4", "part4_augmented")  # what trains a model, and what its files are called
 FORMAT, VERSION = "small-data-robustness checkpoint", 1
+META = {"part": str, "args": dict, "dataset": str, "classes": list, "outputs": int, "head": str, "split_hash": str,
+        "epoch": int, "seed": int, "versions": dict, "command": str, "device": str, "amp": str, "metrics": dict}
 
 
 def first_line(error):
@@ -55,7 +56,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: not usable on this machine ({first_line(error)}); try --device "
                          "auto") from None
@@ -488,13 +489,49 @@ def load_checkpoint(path, device):
     content = _load(path, device)
     try:
         meta = content["meta"]
-        head = ClassMeans(len(meta["classes"]), meta["outputs"]) if meta["head"] == "class_means" else None
-        model = Model(meta["outputs"], head)
-        model.load_state_dict(content["model"], strict=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path}: does not hold this model ({first_line(error)}); write it anew with the "
-                         "part that made it") from None
+        check_meta(meta)
+        with torch.device("meta"):  # no memory and no random weights: those of the file take their place
+            head = ClassMeans(len(meta["classes"]), meta["outputs"]) if meta["head"] == "class_means" else None
+            model = Model(meta["outputs"], head)
+        expected = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        if any(t.dtype != expected.get(name) or not t.isfinite().all() for name, t in content["model"].items()):
+            raise ValueError("weights that are not finite or of another type")
+        model.load_state_dict(content["model"], strict=True, assign=True)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: does not hold this model ({type(error).__name__}: {first_line(error)}); write it "
+                         "anew with the part that made it") from None
     return model.to(device, memory_format=torch.channels_last).eval(), meta
+
+
+def check_meta(meta):
+    """Raises KeyError, TypeError or ValueError for what no training part writes."""
+    for key, kind in META.items():
+        if type(meta[key]) is not kind:
+            raise TypeError(f"{key} is {meta[key]!r}")
+    if meta["part"] not in PARTS or meta["head"] not in ("none", "class_means") or meta["outputs"] < 1:
+        raise ValueError(f"part {meta['part']!r}, head {meta['head']!r}, {meta['outputs']} outputs")
+    if len(meta["classes"]) < 2 or any(type(name) is not str for name in meta["classes"]):
+        raise ValueError(f"classes {meta['classes']}")
+    if meta["head"] == "none" and meta["outputs"] != len(meta["classes"]):
+        raise ValueError(f"{meta['outputs']} outputs for {len(meta['classes'])} classes")
+    check_data_arguments(meta["args"])
+
+
+def part1_beside(folder, split_hash, device):
+    """Part 1's model in a results directory, None where there is none of this split."""
+    path = Path(folder) / "part1.pt"
+    if not path.exists():
+        return None
+    model, meta = load_checkpoint(path, device)
+    return model if meta["split_hash"] == split_hash else None
+
+
+def digest(model):
+    """A short hash of a model's weights."""
+    sha = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        sha.update(tensor.cpu().numpy().tobytes())
+    return sha.hexdigest()[:12]
 
 
 def read_meta(path):
@@ -516,7 +553,7 @@ def _load(path, device):
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint; a training part writes it, such as: "
                          "python part1_baseline.py") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged or hostile file can fail anywhere in torch.load
         raise UsageError(f"{path}: not a checkpoint of this project, or damaged ({type(error).__name__}); expected a "
                          "file that a training part wrote") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -534,16 +571,23 @@ NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_u
 
 def save_state(path, run, epoch, history, parts, generator):
     """Saves a whole training after `epoch` finished epochs. parts: name → object with a state_dict."""
-    _save(path, {"format": FORMAT, "version": VERSION, "identity": identity(run, generator), "epoch": epoch,
+    _save(path, {"format": FORMAT, "version": VERSION, "identity": identity(run, generator.device), "epoch": epoch,
                  "history": history, "parts": {name: part.state_dict() for name, part in parts.items()},
                  "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
 
 
-def identity(run, generator):
-    """Whatever a resumed training must have in common with its first half, by the flag that sets it."""
+def identity(run, device):
+    """Whatever a resumed run must have in common with its first half, by the flag that sets it."""
     flags = {"--" + name.replace("_", "-"): value for name, value in run["args"].items() if name not in NO_EFFECT}
-    return flags | {"--amp": run["amp"], "--device": generator.device.type, "--data-dir with the data":
-                    run["split_hash"]}
+    return flags | {"--amp": run["amp"], "--device": device.type, "--data-dir with the data": run["split_hash"]}
+
+
+def check_identity(path, before, now):
+    """Raises UsageError if a resumed run's identity differs from its first half's."""
+    for flag, value in now.items():
+        if before.get(flag) != value:
+            raise UsageError(f"--resume: the run in {path} had {flag} {before.get(flag)}, this one has {value}; give "
+                             f"{flag} {before.get(flag)}, or leave --resume out to start anew")
 
 
 def resume(path, run, parts, generator):
@@ -556,17 +600,29 @@ def resume(path, run, parts, generator):
         Path(path).unlink(missing_ok=True)
         return 0, []
     content = _load(path, "cpu")
-    for flag, now in identity(run, generator).items():
-        before = content["identity"].get(flag)
-        if before != now:
-            raise UsageError(f"--resume: the run in {path} had {flag} {before}, this one has {now}; give {flag} "
-                             f"{before}, or leave --resume out to start anew")
+    check_identity(path, content["identity"], identity(run, generator.device))
     for name, part in parts.items():
         part.load_state_dict(content["parts"][name])
     generator.set_state(content["generator"].cpu())
     torch.set_rng_state(content["torch_rng"])
     print(f"Resumed after epoch {content['epoch']}")
     return content["epoch"], content["history"]
+
+
+def save_finished(path, identity, done):
+    """Saves the conditions that part 2 has finished. done: (name, severity) → tensors."""
+    _save(path, {"format": FORMAT, "version": VERSION, "identity": identity, "done": list(done.items())})
+
+
+def finished(path, run, identity):
+    """The conditions that `save_finished` left, if run has --resume, else none. Raises UsageError as `resume` does."""
+    if not run["args"]["resume"] or not Path(path).exists():
+        Path(path).unlink(missing_ok=True)
+        return {}
+    content = _load(path, identity["--device"])
+    check_identity(path, content["identity"], identity)
+    print(f"Resumed after {len(content['done'])} conditions")
+    return {tuple(key): value for key, value in content["done"]}
 
 
 class Epoch:
@@ -693,6 +749,24 @@ def knn_predict(train_features, train_labels, features, k=20, not_itself=False):
     return torch.cat(result)
 
 
+def probe_predict(train_features, train_labels, features, l2=1e-3):
+    """Labels (N,) by a linear probe: multinomial logistic regression on standardized training features (M,D)."""
+    mean, std = train_features.mean(0), train_features.std(0) + 1e-6
+    x = (train_features - mean) / std
+    weight = torch.zeros(x.shape[1], int(train_labels.max()) + 1, device=x.device, requires_grad=True)
+    bias = torch.zeros(weight.shape[1], device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ weight + bias, train_labels) + l2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return ((features - mean) / std @ weight + bias).argmax(1)
+
+
 # ---- attacks (cleverhans) -------------------------------------------------------------------------------------------
 
 
@@ -710,16 +784,17 @@ def attack_mode(model):
                 parameter.requires_grad_(flag)
 
 
-def fgsm(model, images, labels, eps, norm=np.inf):
-    """Fast gradient method (Goodfellow et al. 2015), by cleverhans, against the given labels.
+def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
+    """Fast gradient method (Goodfellow et al. 2015), by cleverhans, away from the given labels, or towards them.
 
-    images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones.  eps: in pixel units of [0,1].
-    norm: inf or 2.  Returns float32 (B,3,H,W) in [0,1], detached; the model's mode and gradients stay as they were.
+    images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; the targets if `targeted`.  eps: in pixel
+    units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in [0,1], detached; the model's mode and gradients stay
+    as they were.
     """
-    return (images.float() + eps * fgsm_direction(model, images.float(), labels, norm)).clamp(0, 1)
+    return (images.float() + eps * fgsm_direction(model, images.float(), labels, norm, targeted)).clamp(0, 1)
 
 
-def fgsm_direction(model, images, labels, norm=np.inf, batch_size=128):
+def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_size=128):
     """The step of `fgsm` for eps 1 before clipping. It does not depend on eps: one gradient serves a whole sweep.
 
     Its norm is 1, or 0 for an image whose gradient is zero everywhere. Shapes as in `fgsm`.
@@ -729,7 +804,7 @@ def fgsm_direction(model, images, labels, norm=np.inf, batch_size=128):
     steps = []
     with attack_mode(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            step = fast_gradient_method(model, x, 1.0, norm, y=y).detach() - x
+            step = fast_gradient_method(model, x, 1.0, norm, y=y, targeted=targeted).detach() - x
             if norm == np.inf:
                 step = step.sign()  # x + 1 - x is not 1 to the last bit
             else:  # cleverhans shortens the step where the gradient of the batch's mean loss is below 1e-6

@@ -78,7 +78,7 @@ def main(argv=None):
                                                        "epoch": args.epochs, "metrics": report.headline(rows)})
     rows += report.clean_umap(paths, run, paths(".pt"), passes)
     report.write_rows(paths(".csv"), rows)
-    report.write_arrays(paths("_correct.npz"), **{"clean/": report.correct(passes["test"][0].logits, data.test_labels)})
+    report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
     report.print_accuracies(f"{PART}: {args.epochs} epochs, averaged weights", rows)
     summary.compare(paths.folder)

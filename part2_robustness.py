@@ -29,6 +29,7 @@ def parse_args(argv=None):
     add("--eps-255", nargs="+", type=arguments.number(float, 0, 15_000), default=[0, 1, 2, 4, 8, 16], metavar="EPS",
         help="attack strengths in 1/255 of the pixel range")
     add("--norm", choices=("inf", "2"), default="inf", help="norm that bounds the attack")
+    add("--targeted", action="store_true", help="also attack towards the least likely class")
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
         help="test images to attack, evenly spread")
     add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=100,
@@ -53,6 +54,7 @@ def main(argv=None):
     device = common.pick_device(args.device)
     names = common.perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
+    part1 = None if meta["part"] == "part1" else common.part1_beside(args.results_dir, meta["split_hash"], device)
     published = common.cifar10c(args.cifar10c, meta["classes"], device) if args.cifar10c else ()
     for name in arguments.DATA_ARGUMENTS:
         setattr(args, name, getattr(args, name, meta["args"][name]))
@@ -71,30 +73,40 @@ def main(argv=None):
     clock = report.Clock()
 
     clean = common.predict(model, images, amp)
-    clean_panel = clean.features[attacked[drawn]], labels[attacked[drawn]]
+    points = attacked[drawn]
+    clean_panel = clean.features[points], labels[points]
     panels = [("clean", "test", "clean", "", *clean_panel, clean_panel)]
-    correct = {"clean/": report.correct(clean.logits, labels)}
-    rows = [report.accuracy_row(run, args.checkpoint, "test", "clean", "", "own", clean.logits.argmax(1), labels)]
-    examples = [("clean", images[shown])]
+    rows, correct, examples = [], {}, [("clean", images[shown])]
+
+    def record(condition, severity, predicted, truth=labels):
+        rows.append(report.accuracy_row(run, args.checkpoint, "test", condition, severity, "own", predicted, truth))
+        correct[f"{condition}/{severity}"] = report.correct(predicted, truth)
+
+    record("clean", "", clean.logits.argmax(1))
     conditions = [(n, s) for n in names for s in (args.severities if n not in common.NO_SEVERITY else [""])]
+    identity = common.identity(run, device) | {"--checkpoint": common.digest(model), "--umap-points": args.umap_points}
+    done = common.finished(paths("_state.pt"), run, identity)  # {} without --resume
     for name, severity in report.progress(conditions, "perturbations"):
         perturbed = common.perturb(images, name, severity or 1)  # the same pixels for every model
-        logits, features = common.predict(model, perturbed, amp)
-        correct[f"{name}/{severity}"] = report.correct(logits, labels)
-        rows.append(report.accuracy_row(run, args.checkpoint, "test", name, severity, "own", logits.argmax(1), labels))
-        if severity in ("", max(args.severities)):
-            title = f"{name.replace('_', ' ')} {severity}".strip()
+        strongest = severity in ("", max(args.severities))
+        if (name, severity) not in done:
+            logits, features = common.predict(model, perturbed, amp)
+            in_umap = strongest and name in UMAP_PERTURBATIONS
+            done[name, severity] = logits.argmax(1), features[points] if in_umap else None
+            common.save_finished(paths("_state.pt"), identity, done)
+        predicted, features = done[name, severity]
+        record(name, severity, predicted)
+        title = f"{name.replace('_', ' ')} {severity}".strip()
+        if strongest:
             examples.append((title, perturbed[shown]))
-            if name in UMAP_PERTURBATIONS:
-                panels.append((title, "test", name, severity, features[attacked[drawn]], clean_panel[1], clean_panel))
+        if features is not None:
+            panels.append((title, "test", name, severity, features, clean_panel[1], clean_panel))
     for name, severity, corrupted, truth in published:
-        logits = common.predict(model, corrupted, amp).logits
-        rows.append(report.accuracy_row(run, args.checkpoint, "test", name, severity, "own", logits.argmax(1), truth))
-        correct[f"{name}/{severity}"] = report.correct(logits, truth)
+        record(name, severity, common.predict(model, corrupted, amp).logits.argmax(1), truth)
     clock.stop("perturbations")
 
     audit, attack_rows, right, eps_255, features, adversarial = attack(
-        args, run, model, common.to_float(images[attacked]), labels[attacked])
+        args, run, model, common.to_float(images[attacked]), labels[attacked], part1)
     rows += attack_rows
     correct |= right
     panels.append((f"FGSM {eps_255}/255", "test", report.ATTACKS[args.norm][0], eps_255, features[drawn],
@@ -104,7 +116,8 @@ def main(argv=None):
     rows += report.umap_panels(paths, run, args.checkpoint, panels)
     clock.stop("UMAP")
     report.write_rows(paths(".csv"), rows)
-    report.write_arrays(paths("_correct.npz"), **correct)
+    report.write_arrays(paths("_correct.npz"), command=run["command"], **correct)
+    paths("_state.pt").unlink(missing_ok=True)
     report.plot_severities(paths("_severities.png"), rows, run)
     report.plot_examples(paths("_examples.png"), examples, run, f"Perturbations at severity {max(args.severities)}")
     report.plot_examples(paths("_adversarial.png"), adversarial, run, "FGSM: attacked images")
@@ -118,60 +131,68 @@ def main(argv=None):
     return rows
 
 
-def attack(args, run, model, images, labels):
+def attack(args, run, model, images, labels, part1=None):
     """The FGSM sweep and its audit, in float32, on images (n,3,32,32) in [0,1] with their true labels.
 
-    Returns the audit [(check, found, passed, n)], the rows, which images are right at each eps, the eps_255 nearest
-    above 8 with the attacked images' features (n,512), and examples for the picture.
+    part1: the model whose adversarial images are tried as well.  Returns the audit [(check, found, passed, n)], rows,
+    which images are right at each eps, the eps_255 nearest above 8 with its features (n,512), and examples to show.
     """
     norm = np.inf if args.norm == "inf" else 2
     float32 = common.Amp("off", images.device)
     sweep = sorted({int(e) if e == int(e) else e for e in [0, *args.eps_255]})
     fgsm, pgd, random_noise = report.ATTACKS[args.norm]
     few = common.spread(len(labels), args.audit_images)
-    clean = common.predict(model, images, float32).logits.argmax(1)
+    clean = common.predict(model, images, float32).logits
 
     def row(condition, eps_255, prediction, truth):
         return report.accuracy_row(run, args.checkpoint, "test", condition, eps_255, "own", prediction, truth)
 
-    direction = common.fgsm_direction(model, images, labels, norm)  # of the loss's growth; one for all eps
-    noise = torch.randn(images[few].shape, generator=torch.Generator().manual_seed(0)).to(images.device)
-    noise = noise.sign() if norm == np.inf else noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    rows, examples, largest, fooled, right = [], [], 0.0, {}, {}
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    directions = {  # of eps 1: none depends on eps, so each serves the whole sweep
+        fgsm: common.fgsm_direction(model, images, labels, norm),  # true labels: the attack that counts
+        f"{fgsm}_predicted": common.fgsm_direction(model, images, clean.argmax(1), norm),
+        random_noise: noise.sign() if norm == np.inf else noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)}
+    target = clean.argmin(1)  # the least likely class
+    if args.targeted:
+        directions[f"{fgsm}_targeted"] = common.fgsm_direction(model, images, target, norm, targeted=True)
+    if part1 is not None:
+        directions[f"{fgsm}_from_part1"] = common.fgsm_direction(part1, images, labels, norm)
+    rows, examples, largest, predicted = [], [], 0.0, {}
     features, at = None, next((e for e in sweep if e >= 8), sweep[-1])
-    for eps_255 in report.progress(sweep, "FGSM"):
+    for eps_255, name in report.progress([(e, n) for e in sweep for n in directions if e or n == fgsm], "FGSM"):
         eps = eps_255 / 255
-        adversarial = (images + eps * direction).clamp(0, 1)
+        adversarial = (images + eps * directions[name]).clamp(0, 1)
         logits, found = common.predict(model, adversarial, float32)
-        features = found if eps_255 == at else features
-        fooled[eps_255] = logits.argmax(1)
-        rows.append(row(fgsm, eps_255, fooled[eps_255], labels))
-        right[f"{fgsm}/{eps_255}"] = report.correct(logits, labels)
-        size = (adversarial - images).flatten(1).norm(norm, dim=1).max().item()
-        largest = max(largest, size - eps)
-        examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
-        random = (images[few] + eps * noise).clamp(0, 1)
-        rows.append(row(random_noise, eps_255, common.predict(model, random, float32).logits.argmax(1), labels[few]))
+        predicted[name, eps_255] = logits.argmax(1)
+        rows.append(row(name, eps_255, logits.argmax(1), labels))
+        largest = max(largest, (adversarial - images).flatten(1).norm(norm, dim=1).max().item() - eps)
+        if name == fgsm:
+            features = found if eps_255 == at else features
+            examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
+        if name == f"{fgsm}_targeted":
+            rows.append(row(name, eps_255, logits.argmax(1), target) | {"metric": "target class reached"})
     for eps_255 in report.progress(sorted({8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
         adversarial = common.pgd(model, images[few], labels[few], eps_255 / 255, norm)
-        logits = common.predict(model, adversarial, float32).logits
-        rows.append(row(pgd, eps_255, logits.argmax(1), labels[few]))
+        predicted[pgd, eps_255] = common.predict(model, adversarial, float32).logits.argmax(1)
+        rows.append(row(pgd, eps_255, predicted[pgd, eps_255], labels[few]))
 
-    zero = (direction.flatten(1).abs().amax(1) == 0).float().mean().item()
-    changed = int((fooled[0] != clean).sum())
+    zero = (directions[fgsm].flatten(1).abs().amax(1) == 0).float().mean().item()
+    changed = int((predicted[fgsm, 0] != clean.argmax(1)).sum())
     audit = [("|delta| is at most eps", f"{largest * 255:+.1e}/255", largest < 1e-6, len(labels)),
              ("few images without a gradient", f"{zero:.2%}", zero < AUDIT_ZERO_GRADIENTS, len(labels)),
              ("eps 0 equals clean", f"{changed} differ", changed == 0, len(labels))]
-    for r in (r for r in rows if r["condition"] != fgsm and r["severity"] > 0):
-        mine = (fooled[r["severity"]][few] == labels[few]).sum().item() / len(few)
-        weaker = r["condition"] == random_noise
-        audit.append((f"{r['condition']} {r['severity']:g}/255 is {'weaker' if weaker else 'stronger'} than FGSM",
-                      f"{report.percent(r['value'])} against {report.percent(mine)} %",
-                      r["value"] >= mine if weaker else r["value"] <= mine, len(few)))
+    for name, eps_255 in (key for key in predicted if key[0] in (pgd, random_noise) and key[1] > 0):
+        some = few if name == pgd else slice(None)
+        mine, other = ((p == labels[some]).float().mean().item()
+                       for p in (predicted[fgsm, eps_255][some], predicted[name, eps_255]))
+        audit.append((f"{name} {eps_255:g}/255 is {'stronger' if name == pgd else 'weaker'} than FGSM",
+                      f"{report.percent(other)} against {report.percent(mine)} %",
+                      other <= mine if name == pgd else other >= mine, len(labels[some])))
     facts = [("share of images without a gradient", zero, len(labels)),
              ("largest |delta| beyond eps, 1/255", largest * 255, len(labels)),
              *((f"audit: {name}", float(passed), n) for name, _, passed, n in audit)]
     rows += [report.row(run, args.checkpoint, "test", fgsm, "", "own", *fact) for fact in facts]
+    right = {f"{name}/{eps}": report.correct(p, labels) for (name, eps), p in predicted.items() if name == fgsm}
     return audit, rows, right, at, features, examples
 
 

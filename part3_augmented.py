@@ -49,10 +49,10 @@ def crop_and_flip(images, generator, padding=4):
 
 def augment(images, generator, step):
     """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
-    random; a sixth of them for each of the seen families gets a perturbation of it, with the step's turn of its
+    random; a twelfth of them for each of the seen families gets a perturbation of it, with the step's turn of its
     members and severities."""
     images = crop_and_flip(images, generator)
-    groups = list(images.chunk(2 * len(common.SEEN_FAMILIES)))
+    groups = list(images.chunk(4 * len(common.SEEN_FAMILIES)))
     for i, family in enumerate(common.SEEN_FAMILIES[: len(groups)]):
         names = [name for name in common.PERTURBATIONS if common.FAMILY[name] == family]
         turn, member = divmod(step, len(names))
@@ -106,7 +106,7 @@ def main(argv=None):
                                                        "epoch": args.epochs, "metrics": report.headline(rows)})
     rows += report.clean_umap(paths, run, paths(".pt"), passes)
     report.write_rows(paths(".csv"), rows)
-    report.write_arrays(paths("_correct.npz"), **{"clean/": report.correct(passes["test"][0].logits, data.test_labels)})
+    report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
     report.print_accuracies(f"{PART}: {args.epochs} epochs, averaged weights", rows)
     return rows + part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])

@@ -60,7 +60,7 @@ def angular_loss(embeddings, labels, alpha_deg):
     similarity, same, pairs = similarities(embeddings, labels)
     # (x_a + x_p)·x_n is S[a,n] + S[p,n], so the sum over negatives is a matrix product: no triplet is laid out.
     pull = torch.exp(4 * tan2 * similarity).masked_fill(same, 0)  # (B,B): 0 where n is no negative of a
-    with float32(embeddings):
+    with torch.autocast(embeddings.device.type, enabled=False):
         negatives = pull @ pull.T
     return mean_over_pairs(negatives, 2 * (1 + tan2) * similarity, pairs)
 
@@ -72,14 +72,9 @@ def npair_loss(embeddings, labels):
     return mean_over_pairs(negatives.expand_as(similarity), similarity, pairs)
 
 
-def float32(tensor):
-    """A region without mixed precision, also where the caller is inside one."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def similarities(embeddings, labels):
     """(B,B): the cosines in float32, which rows are of one class, and which of these are pairs of two images."""
-    with float32(embeddings):
+    with torch.autocast(embeddings.device.type, enabled=False):
         x = F.normalize(embeddings.float(), dim=1)
         same = labels.unsqueeze(1) == labels
         return x @ x.T, same, same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -124,22 +119,19 @@ class AngularLoss(torch.nn.Module):
         self.alpha_deg, self.npair_weight = alpha_deg, npair_weight
 
     def forward(self, embeddings, labels):
-        loss = angular_loss(embeddings, labels, self.alpha_deg)
-        return loss + self.npair_weight * npair_loss(embeddings, labels) if self.npair_weight else loss
+        return angular_loss(embeddings, labels, self.alpha_deg) + self.npair_weight * npair_loss(embeddings, labels)
 
 
 @torch.no_grad()
 def fit_head(model, images, labels, amp):
     """Sets the class means from training images, and the scale that minimizes the label-smoothed cross-entropy that
     part 1 trains with on them: finite even where every training image is right, so that gradients survive."""
-    head, model.head = model.head, torch.nn.Identity()
-    embeddings = common.predict(model, images, amp).logits
-    model.head = head
-    head.means.copy_(common.class_means(embeddings, labels, len(head.means)))
-    cosines = F.normalize(embeddings, dim=1) @ head.means.T
+    embeddings = model.backbone.fc(common.predict(model, images, amp).features)
+    model.head.means.copy_(common.class_means(embeddings, labels, len(model.head.means)))
+    cosines = F.normalize(embeddings, dim=1) @ model.head.means.T
     scales = torch.arange(1.0, 65.0, device=cosines.device)
     losses = torch.stack([F.cross_entropy(s * cosines, labels, label_smoothing=0.1) for s in scales])
-    head.scale.copy_(scales[losses.argmin()])
+    model.head.scale.copy_(scales[losses.argmin()])
 
 
 def main(argv=None):
@@ -165,8 +157,8 @@ def main(argv=None):
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
     average = common.Average(model, args.epochs * steps)  # what is tested: steadier than the last weights
 
-    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler,
-             "criterion": criterion}
+    state = {"model": model, "criterion": criterion, "average": average, "optimizer": optimizer,
+             "scheduler": scheduler, "scaler": amp.scaler}
     done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume
     some = common.spread(len(split.train_labels), 1000)  # enough for class means on the learning curve
     for number in range(done, args.epochs):
@@ -198,7 +190,7 @@ def main(argv=None):
                                                        "epoch": args.epochs, "metrics": report.headline(rows)})
     rows += report.clean_umap(paths, run, paths(".pt"), passes)
     report.write_rows(paths(".csv"), rows)
-    report.write_arrays(paths("_correct.npz"), **{"clean/": report.correct(passes["test"][0].logits, data.test_labels)})
+    report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
     report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
     return rows + part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])

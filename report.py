@@ -16,11 +16,13 @@ import common
 
 COLUMNS = ("part", "dataset", "split", "condition", "severity", "head", "metric", "value", "ci_low", "ci_high", "n",
            "seed", "split_hash", "checkpoint")
-MODELS = {"part1": "cross-entropy", "part3": "augmented", "part4": "angular", "part4_augmented": "angular, augmented"}
+MODELS = dict(zip(common.PARTS, ("cross-entropy", "augmented", "angular", "angular, augmented"), strict=True))
 PART_COLORS = dict(zip(MODELS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))  # Okabe & Ito 2008
 CLASS_COLORS = ("#CC6677", "#332288", "#B8A030", "#117733", "#56B4E9", "#882255", "#44AA99", "#6A6A00", "#AA4499",
                 "#777777")  # Paul Tol's "muted", its two palest darkened
 ATTACKS = {"inf": ("fgsm", "pgd", "random_sign"), "2": ("fgsm_l2", "pgd_l2", "random_l2")}  # by norm
+VARIANTS = {"predicted": "predicted labels", "targeted": "least likely class",  # of FGSM, after its name
+            "from_part1": "made on part 1"}
 LOCKS = {}  # path -> open file
 NEIGHBOURS = 20  # of the k-nearest-neighbour measures
 
@@ -105,8 +107,8 @@ def accuracy_row(run, checkpoint, split, condition, severity, head, predicted, l
 def clean_rows(run, checkpoint, passes):
     """Everything that is measured on unperturbed images.
 
-    passes: {"train" | "evaluation" | "test": (Prediction, labels)}. The heads class_means and knn are fitted on the
-    training images' 512-d features, the same way in every part, to tell the loss from the head.
+    passes: {"train" | "evaluation" | "test": (Prediction, labels)}. The heads class_means, knn and probe are fitted on
+    the training images' 512-d features, the same way in every part, to tell the loss from the head.
     """
     (train, train_labels), classes, rows = passes["train"], run["classes"], []
     means = common.class_means(train.features, train_labels, len(classes))
@@ -115,7 +117,8 @@ def clean_rows(run, checkpoint, passes):
         predicted = logits.argmax(1)
         heads = {"own": predicted,
                  "class_means": (F.normalize(features, dim=1) @ means.T).argmax(1),
-                 "knn": common.knn_predict(train.features, train_labels, features, NEIGHBOURS)}
+                 "knn": common.knn_predict(train.features, train_labels, features, NEIGHBOURS),
+                 "probe": common.probe_predict(train.features, train_labels, features)}
         rows += [accuracy_row(run, checkpoint, split, "clean", "", head, p, labels) for head, p in heads.items()]
         rows.append(row(run, checkpoint, split, "clean", "", "own", "calibration_error",
                         common.calibration_error(logits, labels), len(labels)))
@@ -149,9 +152,14 @@ def write_history(paths, history, run):
     plot_history(paths("_history.png"), history, run)
 
 
-def correct(logits, labels):
+def correct(predicted, labels):
     """Which images are classified right, as an array of booleans (N,): what tests on the same images need."""
-    return (logits.argmax(1) == labels).cpu().numpy()
+    return (predicted == labels).cpu().numpy()
+
+
+def write_clean_correct(paths, prediction, labels):
+    """Writes which clean test images are classified right."""
+    write_arrays(paths("_correct.npz"), **{"clean/": correct(prediction.logits.argmax(1), labels)})
 
 
 def robustness_name(part):
@@ -395,10 +403,13 @@ def plot_severities(path, rows, run):
 def plot_attack(path, rows, run, norm, audit):
     """Accuracy over eps under FGSM, beside PGD and random signs of the same eps, and what the audit found."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.8, 3.2), layout="constrained")
-    styles = (("FGSM", "#0072B2", "o"), ("PGD, 10 steps", "#D55E00", "^"),
-              ("random noise of the same size", "#777777", "s"))
-    for attack, (label, color, marker) in zip(ATTACKS[norm], styles, strict=True):
+    figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
+    fgsm, pgd, random_noise = ATTACKS[norm]
+    styles = {fgsm: ("FGSM", "#0072B2", "o"), pgd: ("PGD, 10 steps", "#D55E00", "^"),
+              **{f"{fgsm}_{v}": (f"FGSM, {text}", color, marker) for (v, text), color, marker in
+                 zip(VARIANTS.items(), ("#56B4E9", "#CC79A7", "#009E73"), "xDv", strict=True)},
+              random_noise: ("random noise of the same size", "#777777", "s")}
+    for attack, (label, color, marker) in styles.items():
         mine = sorted((r for r in rows if r["condition"] == attack and r["metric"] == "accuracy"),
                       key=lambda r: r["severity"])
         if mine:
@@ -409,4 +420,5 @@ def plot_attack(path, rows, run, norm, audit):
     axes.legend(fontsize=8)
     failed = [name for name, _, passed, _ in audit if not passed]
     verdict = f"AUDIT FAILED: {'; '.join(failed)}." if failed else "All audits of the attack pass."
-    save(figure, path, f"{run['part']} on {run['dataset']}, test images, true labels, float32. {verdict}")
+    save(figure, path, f"{run['part']} on {run['dataset']}, test images, float32, true labels where not "
+         f"said otherwise. {verdict}")

@@ -18,7 +18,7 @@ REFERENCE = {"part3": "part1", "part4": "part1", "part4_augmented": "part3"}  # 
 ALPHA = 0.05  # of Holm's correction over the whole table of one model
 COLUMNS = ("dataset", "split_hash", "condition", "severity", "family", "in_part3_training", "part", "accuracy",
            "ci_low", "ci_high", "n", "reference", "difference", "p_holm", "verdict")
-ATTACKS = sum(report.ATTACKS.values(), ())
+ATTACKS = ("fgsm", "pgd", "random")  # how their conditions' names begin
 NONE = np.zeros(0, bool)
 QUESTIONS = {
     "part1": "How well does the network generalize from one fifth of the training data?",
@@ -71,7 +71,7 @@ def comparison(folder):
             path = folder / f"{name}_correct.npz"
             if path.exists():
                 with np.load(path) as file:
-                    correct |= {(*key.split("/"), model): file[key] for key in file.files}
+                    correct |= {(*key.split("/"), model): file[key] for key in file.files if "/" in key}
     table = []
     for part in report.MODELS:
         mine = [key for key in accuracy if key[2] == part]
@@ -82,7 +82,7 @@ def comparison(folder):
             condition, severity, _ = key
             row, family = accuracy[key], common.FAMILY.get(condition, "")
             if not family and condition != "clean":
-                family = "attack" if condition in ATTACKS else "CIFAR-10-C"
+                family = "attack" if condition.startswith(ATTACKS) else "CIFAR-10-C"
             seen = "" if condition not in common.FAMILY else "yes" if family in common.SEEN_FAMILIES else "no"
             reference = difference = verdict = ""
             if key in adjusted:
@@ -96,12 +96,13 @@ def comparison(folder):
 
 
 def shared(table):
-    """The rows whose condition all models have that part 2 was run on: means over others would not compare."""
+    """The attacks, and the rows whose condition all models have that part 2 was run on, so that means compare."""
     conditions = {}
     for r in table:
         conditions.setdefault(r["part"], set()).add((r["condition"], r["severity"]))
     tested = [keys for keys in conditions.values() if len(keys) > 1]
-    return [r for r in table if all((r["condition"], r["severity"]) in keys for keys in tested)]
+    return [r for r in table if r["family"] == "attack"
+            or all((r["condition"], r["severity"]) in keys for keys in tested)]
 
 
 def mean(table, part, wanted):
@@ -124,7 +125,8 @@ def overview(table, models):
     held_out = [c for c, f in families.items() if f in common.HELD_OUT_FAMILIES]
     published = [c for c, f in families.items() if f == "CIFAR-10-C"]
     attacks = sorted({(r["condition"], float(r["severity"])) for r in table if r["family"] == "attack"})
-    attacks = [(c, e) for c, e in attacks if e > 0]
+    full = {e for c, e in attacks if c.startswith("pgd")}  # where every attack is shown, elsewhere FGSM alone
+    attacks = [(c, e) for c, e in attacks if e > 0 and (e in full or c in ("fgsm", "fgsm_l2"))]
 
     def values(wanted):
         return np.array([mean(table, m, wanted) for m in models])
@@ -246,7 +248,14 @@ def summary(folder, table, names):
             versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
             text.append(f"- {model}: `{meta['command']}`; {meta['epoch']} epochs, seed {meta['seed']}, split "
                         f"{meta['split_hash']}; {meta['device']}, mixed precision {meta['amp']}; {versions}")
+        name = report.robustness_name(model)
+        if (folder / f"{name}_correct.npz").exists():
+            with np.load(folder / f"{name}_correct.npz") as file:
+                text.append(f"- {name}: `{file['command']}`")
     text += ["", f"Missing: {', '.join(missing) or 'nothing'}.", ""]
+    figures = [f for m in names for n in dict.fromkeys((m, report.robustness_name(m)))
+               for f in sorted(folder.glob(f"{n}_*.png")) if not f.name.startswith(f"{n}_robustness_")]
+    text += ["## Figures", "", *(f"![{f.stem}]({f.name})\n" for f in [folder / "comparison.png", *figures])]
     return "\n".join(text)
 
 

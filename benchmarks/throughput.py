@@ -20,12 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+FLOP = 3.34e9  # of a training step, an image: ResNet18 with a 3×3 stem, forward and backward
+
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
-    parser.add_argument("--batches", type=int, default=6, help="batches a turn")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batches", type=int, default=12, help="batches a turn")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
@@ -68,7 +70,7 @@ def main():
 
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)
-    average = common.average_of(fast_net, 1000)
+    average = common.Average(fast_net, 1000)
     on_device, y_device = images.to(device), labels.to(device)
     step_number = itertools.count()
 
@@ -100,7 +102,7 @@ def main():
         for x, y in common.batches(on_device, y_device, args.batch_size, generator):
             x = common.to_float(x)
             step(augment(x, generator, next(step_number)) if perturbed else x, y)
-            average.update_parameters(fast_net)
+            average.update(fast_net)
         return None
 
     fixed = common.to_float(on_device[: args.batch_size])
@@ -124,6 +126,7 @@ def main():
         return time.perf_counter() - start
 
     lines = ["| | usual (a) | ours (b) | bare step (c) | b / a | b / c |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    trained = None
     for title, *what in (("training, part 1", True, False), ("training, part 3", True, True),
                          ("inference", False, False)):
         contestants = (usual, ours, bare)
@@ -132,12 +135,16 @@ def main():
         times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
         a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
         lines.append(f"| {title} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
+        trained = trained or b
     rate = n / statistics.median(seconds(common.predict, fast_net, on_device, amp) for _ in range(args.rounds))
     lines += ["", "| test-time work | images/s | against inference |", "| --- | ---: | ---: |"]
-    block = on_device[:1].repeat(500, 1, 1, 1)  # what `perturb` makes at a time
+    block, speeds = on_device[:500], {}  # what `perturb` makes at a time
     for name in common.PERTURBATIONS:
-        speed = len(block) / min(seconds(common.perturb, block, name, 3) for _ in range(args.rounds))
-        lines.append(f"| {name.replace('_', ' ')} | {speed:.0f} | {rate / speed:.1%} of its time |")
+        common.perturb(block, name, 3)
+        speeds[name] = len(block) / statistics.median(seconds(common.perturb, block, name, 3)
+                                                      for _ in range(args.rounds))
+        lines.append(f"| {name.replace('_', ' ')} | {speeds[name]:.0f} | {rate / speeds[name]:.1%} of its time |")
+    lines.append(f"| all of them | | {statistics.mean(rate / s for s in speeds.values()):.1%} of its time |")
     few, y = common.to_float(on_device[: args.batch_size]), y_device[: args.batch_size]
     exact = args.batch_size / min(seconds(common.predict, fast_net, few, off) for _ in range(args.rounds))
     fgsm = args.batch_size / min(seconds(common.fgsm_direction, fast_net, few, y) for _ in range(args.rounds))
@@ -146,12 +153,17 @@ def main():
     cold, warm = (seconds(common.umap_coordinates, features, 0) for _ in range(2))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     gpu = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=amp.dtype or torch.float32) for _ in range(2))
+    peak = 2 * size**3 / min(seconds(torch.matmul, a, b) for _ in range(5))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores, {processor()}"
     text = "\n".join([
         f"# {name}", "",
         f"torch {torch.__version__}, numpy {np.__version__}, mixed precision {amp.name}, batch {args.batch_size}, "
         f"medians of {args.rounds} rounds of {args.batches} batches.", "", *lines, "",
-        f"UMAP of 10,000 × 512: {cold:.1f} s cold, {warm:.1f} s warm. Peak memory {memory:.1f} GiB{gpu}.", ""])
+        f"UMAP of 10,000 × 512: {cold:.1f} s cold, {warm:.1f} s warm. Peak memory {memory:.1f} GiB{gpu}. "
+        f"Training at {trained:.0f} images/s is {trained * FLOP / 1e12:.2f} TFLOP/s, {trained * FLOP / peak:.0%} of "
+        f"the {peak / 1e12:.2f} TFLOP/s that a matrix product of {size} reaches in the same precision.", ""])
     print(text)
     path = Path(__file__).parent / "results" / f"{name.replace(',', '').replace(' ', '-').lower()}.md"
     with common.atomic(path) as temporary:

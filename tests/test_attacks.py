@@ -25,6 +25,13 @@ def test_fgsm_equals_plain_torch(small_model, batch, eps):
     assert torch.equal(common.fgsm(small_model, images, labels, eps), expected)
 
 
+def test_a_targeted_step_goes_down_the_loss_of_the_target(small_model, batch):
+    images, labels = batch
+    target = (labels + 3) % 10
+    expected = (images - 4 / 255 * plain_gradient(small_model, images, target).sign()).clamp(0, 1)
+    assert torch.equal(common.fgsm(small_model, images, target, 4 / 255, targeted=True), expected)
+
+
 def test_l2_step_is_the_normalized_gradient(small_model, batch):
     images, labels = batch
     gradient = plain_gradient(small_model, images, labels)
