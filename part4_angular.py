@@ -19,7 +19,7 @@ EMBEDDING = 128  # numbers
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=2e-3)
+    arguments.add_training(parser, epochs=20, lr=0.1, weight_decay=2e-3)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=45.0,

@@ -25,14 +25,14 @@ QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped
 
 
 def call(script, argv):
-    """Runs a part as its command line does: (exit code, last line on stderr). What raises here is a traceback there."""
+    """Runs a part as its command line does: (exit code, the error on stderr). What raises here is a traceback there."""
     module, err = importlib.import_module(script), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             arguments.run(lambda: module.main(list(map(str, argv))))
         except SystemExit as stop:
-            return stop.code, err.getvalue().strip().splitlines()[-1]
+            return stop.code, err.getvalue()[err.getvalue().rfind("error: "):].rstrip("\n")
     return 0, ""
 
 
@@ -149,8 +149,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_touched(place, script, argv, c
                  ["--dataset", "folder", "--data-dir", place / "good", "--train-fraction", "0.5"])
     found, line = call(script, [*defaults, *(a.format(top=place) for a in argv)])
     assert found == code, line
-    assert "error: " in line
+    assert line.startswith("error: ")
     assert message in line
+    assert "\n" not in line
     assert len(line) < 600
     assert (hashes(place / "results"), stamps(place)) == before
 
@@ -179,7 +180,7 @@ def test_command_lines_by_chance(place, script, words):
     code, line = call(script, [*argv, "--results-dir", place / "results", "--dataset", "folder", "--data-dir",
                                place / "nowhere"])
     assert code in (1, 2), line
-    assert "error: " in line
+    assert line.startswith("error: ")
     assert stamps(place / "results") == before
 
 

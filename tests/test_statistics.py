@@ -81,3 +81,19 @@ def test_umap_is_the_same_for_the_same_seed_and_keeps_neighbours_together():
     near = common.knn_predict(torch.from_numpy(first - first.mean(0)), labels, torch.from_numpy(first - first.mean(0)),
                               k=10, not_itself=True)
     assert (near == labels).float().mean() > 0.95
+
+
+def test_linear_probe_against_sklearn():
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, 12, generator=generator) * 0.8
+    labels = torch.arange(5).repeat(120)
+    features = centres[labels] + torch.randn(600, 12, generator=generator)
+    train, test = (features[:300], labels[:300]), (features[300:], labels[300:])
+    mean, std = train[0].mean(0), train[0].std(0)
+    theirs = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000)  # the same penalty, in sklearn's terms
+    expected = torch.from_numpy(theirs.fit((train[0] - mean) / std, train[1]).predict((test[0] - mean) / std))
+    found = common.probe_predict(*train, test[0])
+    assert (found == expected).float().mean() > 0.99
+    assert 0.5 < (found == test[1]).float().mean() < 0.99  # a task on which heads can differ
