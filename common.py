@@ -296,13 +296,14 @@ def batches(images, labels, batch_size, generator):
 
 
 def balanced_batches(images, labels, batch_size, generator):
-    """Like `batches`, with the same number of every class, class after class in turn, as losses on pairs need it."""
+    """Like `batches`, with the same number of every class in random order, as losses on pairs need it."""
     order = torch.randperm(len(images), generator=generator, device=images.device)
     members = [order[labels[order] == c] for c in labels.unique()]
     each = max(2, min(batch_size, len(images)) // len(members))  # of a small class, images come again
     for i in range(steps_per_epoch(len(images), batch_size)):
         turn = torch.arange(i * each, (i + 1) * each, device=images.device)
-        batch = torch.stack([m[turn % len(m)] for m in members], dim=1).flatten()
+        batch = torch.cat([m[turn % len(m)] for m in members])
+        batch = batch[torch.randperm(len(batch), generator=generator, device=images.device)]  # `augment` counts on it
         yield images[batch], labels[batch]
 
 
@@ -614,12 +615,12 @@ def save_finished(path, identity, done):
     _save(path, {"format": FORMAT, "version": VERSION, "identity": identity, "done": list(done.items())})
 
 
-def finished(path, run, identity):
+def finished(path, run, identity, device):
     """The conditions that `save_finished` left, if run has --resume, else none. Raises UsageError as `resume` does."""
     if not run["args"]["resume"] or not Path(path).exists():
         Path(path).unlink(missing_ok=True)
         return {}
-    content = _load(path, identity["--device"])
+    content = _load(path, device)
     check_identity(path, content["identity"], identity)
     print(f"Resumed after {len(content['done'])} conditions")
     return {tuple(key): value for key, value in content["done"]}

@@ -33,7 +33,7 @@ def parse_args(argv=None):
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
         help="test images to attack, evenly spread")
     add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=100,
-        help="of these, images for the audit with PGD and random noise")
+        help="of these, images for the audit with PGD")
     arguments.from_checkpoint(parser)
     return arguments.parse(parser, argv)
 
@@ -84,8 +84,9 @@ def main(argv=None):
 
     record("clean", "", clean.logits.argmax(1))
     conditions = [(n, s) for n in names for s in (args.severities if n not in common.NO_SEVERITY else [""])]
-    identity = common.identity(run, device) | {"--checkpoint": common.digest(model), "--umap-points": args.umap_points}
-    done = common.finished(paths("_state.pt"), run, identity)  # {} without --resume
+    identity = common.identity(run, device) | {"--checkpoint with the weights": common.digest(model),
+                                               "--umap-points": args.umap_points}
+    done = common.finished(paths("_state.pt"), run, identity, device)  # {} without --resume
     for name, severity in report.progress(conditions, "perturbations"):
         perturbed = common.perturb(images, name, severity or 1)  # the same pixels for every model
         strongest = severity in ("", max(args.severities))

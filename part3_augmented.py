@@ -95,8 +95,8 @@ def main(argv=None):
             average.update(model)
             epoch.add(loss, logits, labels)
         history.append(epoch.finish(common.watch(average.module, split, amp), scheduler))
-        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
         report.write_history(paths, history, run)
+        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
 
     model = average.module
     passes = common.predict_splits(model, split, data, amp)  # {"train", "evaluation", "test"}: (Prediction, labels)

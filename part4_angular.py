@@ -178,8 +178,8 @@ def main(argv=None):
             epoch.add(loss, None, labels)
         fit_head(average.module, split.train_images[some], split.train_labels[some], amp)
         history.append(epoch.finish(common.watch(average.module, split, amp), scheduler))
-        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
         report.write_history(paths, history, run)
+        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
 
     model = average.module
     fit_head(model, split.train_images, split.train_labels, amp)

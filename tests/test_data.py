@@ -52,6 +52,8 @@ def test_balanced_batches_hold_every_class_equally_often():
     for x, y in batches:
         assert y.bincount().tolist() == [4, 4, 4]
         assert torch.equal(x.flatten() % 3, y)
+    places = torch.stack([y for _ in range(20) for _, y in common.balanced_batches(images, labels, 12, generator)])
+    assert all(len(place.unique()) == 3 for place in places.T)  # what is done by place is done to every class
     assert len({int(i) for x, _ in batches for i in x.flatten()}) == 60  # the whole epoch, nothing twice
 
 
