@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -518,17 +519,26 @@ def check_meta(meta):
     check_data_arguments(meta["args"])
 
 
-def part1_beside(folder, split_hash, device):
-    """Part 1's model in a results directory, None where there is none of this split."""
+def part1_beside(folder, meta, device):
+    """Part 1's model in a results directory, for another part's checkpoint; None where there is none that fits."""
     path = Path(folder) / "part1.pt"
-    if not path.exists():
+    if meta["part"] == "part1":
         return None
-    model, meta = load_checkpoint(path, device)
-    return model if meta["split_hash"] == split_hash else None
+    try:
+        model, theirs = load_checkpoint(path, device)
+        if theirs["split_hash"] == meta["split_hash"]:
+            return model
+        reason = f"{path} is of another data set or split"
+    except UsageError as error:
+        reason = error
+    print(f"Part 1's adversarial images are not tried: {reason}")
+    return None
 
 
 def digest(model):
-    """A short hash of a model's weights."""
+    """A short hash of a model's weights; of None, "none"."""
+    if model is None:
+        return "none"
     sha = hashlib.sha256()
     for tensor in model.state_dict().values():
         sha.update(tensor.cpu().numpy().tobytes())
@@ -550,7 +560,9 @@ def _save(path, content):
 
 def _load(path, device):
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is refused below
+            content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint; a training part writes it, such as: "
                          "python part1_baseline.py") from None
@@ -841,8 +853,6 @@ def umap_coordinates(features, seed, neighbours=15):
     Exact neighbours come from one float64 matrix product a block, on the features' device: faster than umap-learn's
     search and its compilation.
     """
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on import and on random_state, about threads
         import umap

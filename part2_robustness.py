@@ -54,7 +54,7 @@ def main(argv=None):
     device = common.pick_device(args.device)
     names = common.perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
-    part1 = None if meta["part"] == "part1" else common.part1_beside(args.results_dir, meta["split_hash"], device)
+    part1 = common.part1_beside(args.results_dir, meta, device)
     published = common.cifar10c(args.cifar10c, meta["classes"], device) if args.cifar10c else ()
     for name in arguments.DATA_ARGUMENTS:
         setattr(args, name, getattr(args, name, meta["args"][name]))
@@ -73,8 +73,7 @@ def main(argv=None):
     clock = report.Clock()
 
     clean = common.predict(model, images, amp)
-    points = attacked[drawn]
-    clean_panel = clean.features[points], labels[points]
+    clean_panel = clean.features[attacked[drawn]], labels[attacked[drawn]]
     panels = [("clean", "test", "clean", "", *clean_panel, clean_panel)]
     rows, correct, examples = [], {}, [("clean", images[shown])]
 
@@ -93,7 +92,7 @@ def main(argv=None):
         if (name, severity) not in done:
             logits, features = common.predict(model, perturbed, amp)
             in_umap = strongest and name in UMAP_PERTURBATIONS
-            done[name, severity] = logits.argmax(1), features[points] if in_umap else None
+            done[name, severity] = logits.argmax(1), features[attacked[drawn]] if in_umap else None
             common.save_finished(paths("_state.pt"), identity, done)
         predicted, features = done[name, severity]
         record(name, severity, predicted)
@@ -117,7 +116,7 @@ def main(argv=None):
     rows += report.umap_panels(paths, run, args.checkpoint, panels)
     clock.stop("UMAP")
     report.write_rows(paths(".csv"), rows)
-    report.write_arrays(paths("_correct.npz"), command=run["command"], **correct)
+    report.write_arrays(paths("_correct.npz"), command=run["command"], part1=common.digest(part1), **correct)
     paths("_state.pt").unlink(missing_ok=True)
     report.plot_severities(paths("_severities.png"), rows, run)
     report.plot_examples(paths("_examples.png"), examples, run, f"Perturbations at severity {max(args.severities)}")

@@ -311,6 +311,8 @@ def umap_panels(paths, run, checkpoint, panels, ending="_umap", columns=4):
                  | {"metric": f"{NEIGHBOURS}-NN accuracy in 512-d"},
                  row(run, checkpoint, split, condition, severity, "", "silhouette in 512-d", width, len(labels))]
         titles.append(f"{title}\n20-NN {percent(rows[-2]['value'])} %, silhouette {width:.2f}")
+    for left in (paths(f"{ending}.png"), paths(f"{ending}.npz")):  # of a former model
+        left.unlink(missing_ok=True)
     if not run["args"]["no_umap"]:
         labels = [p[5].cpu().numpy() for p in panels]
         try:

@@ -72,6 +72,9 @@ def comparison(folder):
             if path.exists():
                 with np.load(path) as file:
                     correct |= {(*key.split("/"), model): file[key] for key in file.files if "/" in key}
+        for key in [k for k in accuracy if k[2] == model and k[0].endswith("_from_part1")]:
+            if not of_this_part1(folder, model):
+                del accuracy[key]
     table = []
     for part in report.MODELS:
         mine = [key for key in accuracy if key[2] == part]
@@ -93,6 +96,15 @@ def comparison(folder):
                 float(row["ci_low"]), float(row["ci_high"]), int(row["n"]), reference, difference,
                 adjusted.get(key, ""), verdict), strict=True)))
     return table
+
+
+def of_this_part1(folder, model):
+    """Whether the adversarial images tried on a model were made on the part 1 that is in the folder, if one is."""
+    path, part1 = folder / f"{report.robustness_name(model)}_correct.npz", folder / "part1.pt"
+    if not path.exists() or not part1.exists():
+        return True
+    with np.load(path) as file:
+        return str(file["part1"]) == common.digest(common.load_checkpoint(part1, "cpu")[0])
 
 
 def shared(table):
@@ -124,9 +136,9 @@ def overview(table, models):
     seen = [c for c, f in families.items() if f in common.SEEN_FAMILIES]
     held_out = [c for c, f in families.items() if f in common.HELD_OUT_FAMILIES]
     published = [c for c, f in families.items() if f == "CIFAR-10-C"]
-    attacks = sorted({(r["condition"], float(r["severity"])) for r in table if r["family"] == "attack"})
-    full = {e for c, e in attacks if c.startswith("pgd")}  # where every attack is shown, elsewhere FGSM alone
-    attacks = [(c, e) for c, e in attacks if e > 0 and (e in full or c in ("fgsm", "fgsm_l2"))]
+    attacks = sorted({(r["condition"], float(r["severity"]), r["n"]) for r in table if r["family"] == "attack"})
+    full = {e for c, e, _ in attacks if c.startswith("pgd")}  # where every attack is shown, elsewhere FGSM alone
+    attacks = [(c, e, n) for c, e, n in attacks if e > 0 and (e in full or c in ("fgsm", "fgsm_l2"))]
 
     def values(wanted):
         return np.array([mean(table, m, wanted) for m in models])
@@ -146,8 +158,9 @@ def overview(table, models):
         lines += [("**mean over perturbations (mPC)**", of(*perturbed)),
                   ("mPC relative to clean", of(*perturbed) / of("clean")),
                   ("corruption error (part 1: 100)", (errors / reference).mean(0))]
-    return lines + [(f"{c.replace('_', ' ')} {e:g}/255",
-                     values(lambda r, c=c, e=e: r["condition"] == c and float(r["severity"]) == e)) for c, e in attacks]
+    return lines + [(f"{c.replace('_', ' ')} {e:g}/255, n = {n}", values(
+        lambda r, c=c, e=e, n=n: r["condition"] == c and float(r["severity"]) == e and r["n"] == n))
+        for c, e, n in attacks]
 
 
 def header(names):
@@ -158,8 +171,8 @@ def cells(values):
     return [report.percent(v) if np.isfinite(v) else "-" for v in values]
 
 
-def answer(part, table, rows):
-    """One sentence or two, made from the numbers; empty where they are not there."""
+def answer(part, table, rows, epochs):
+    """One sentence or two, made from the numbers; empty where they are not there. epochs: of each model's training."""
     def perturbed(r):
         return r["condition"] in common.FAMILY
 
@@ -187,6 +200,8 @@ def answer(part, table, rows):
         f"{report.percent(r['ci_low'])}–{report.percent(r['ci_high'])})" for name, r in found.items()) + "."
     tested = [r for r in table if r["part"] == part and r["verdict"]]
     reference = REFERENCE.get(part)
+    if tested and epochs.get(part) != epochs.get(reference):
+        sentence += f" Trained for {epochs.get(part, '?')} epochs, {reference} for {epochs.get(reference, '?')}."
     for r in tested:
         if r["condition"] == "clean":
             sentence += f" On clean test images {100 * r['difference']:+.1f} points to {reference}: {r['verdict']}."
@@ -207,9 +222,11 @@ def markdown_table(first, lines):
 def summary(folder, table, names):
     """The text of summary.md."""
     rows, alike = report.read_all(folder), shared(table)
+    metas = {m: meta for m in names if (meta := common.read_meta(folder / f"{m}.pt"))}
+    epochs = {m: meta["epoch"] for m, meta in metas.items()}
     missing, text = [], [f"# Results on {table[0]['dataset']}", ""]
     for part, question in QUESTIONS.items():
-        sentence = answer(part, alike, rows)
+        sentence = answer(part, alike, rows, epochs)
         if sentence:
             question = question.replace("Angular loss", f"{names.get(part, 'angular').split(',')[0]} loss")
             text += [f"**{part}. {question}** {sentence}", ""]
@@ -232,8 +249,8 @@ def summary(folder, table, names):
     by_head = {(r["part"], r["split"], r["head"]): report.percent(r["value"]) for r in heads}
     columns = list(dict.fromkeys(key[1:] for key in by_head))
     text += ["## Loss or head? Clean accuracy (%) of each head", "",
-             "`own` is the part's classifier; `class_means` and `knn` (k = 20) use the backbone's 512-d output and the "
-             "training images alone.", "",
+             "`own` is the part's classifier; `class_means`, `knn` (k = 20) and `probe` (linear) are fitted to the "
+             "backbone's 512-d output of the training images alone.", "",
              markdown_table(("part", *(f"{s}, {h}" for s, h in columns)), [
                  (m, *(by_head.get((m, *column), "-") for column in columns)) for m in names]), ""]
     audits = [r for r in rows if r["metric"].startswith("audit: ")]
@@ -243,7 +260,7 @@ def summary(folder, table, names):
                  + "".join(f"\n- **failed**: {line}" for line in failed), ""]
     text += ["## What ran", ""]
     for model in names:
-        meta = common.read_meta(folder / f"{model}.pt")
+        meta = metas.get(model)
         if meta:
             versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
             text.append(f"- {model}: `{meta['command']}`; {meta['epoch']} epochs, seed {meta['seed']}, split "
@@ -251,10 +268,11 @@ def summary(folder, table, names):
         name = report.robustness_name(model)
         if (folder / f"{name}_correct.npz").exists():
             with np.load(folder / f"{name}_correct.npz") as file:
-                text.append(f"- {name}: `{file['command']}`")
+                text += [f"- {name}: `{file['command']}`"] * ("command" in file.files)
     text += ["", f"Missing: {', '.join(missing) or 'nothing'}.", ""]
-    figures = [f for m in names for n in dict.fromkeys((m, report.robustness_name(m)))
-               for f in sorted(folder.glob(f"{n}_*.png")) if not f.name.startswith(f"{n}_robustness_")]
+    endings = ("history", "confusion", "umap", "severities", "examples", "fgsm", "adversarial")
+    figures = [folder / f"{name}_{ending}.png" for m in names for name in (m, report.robustness_name(m))
+               for ending in endings if (folder / f"{name}_{ending}.png").exists()]
     text += ["## Figures", "", *(f"![{f.stem}]({f.name})\n" for f in [folder / "comparison.png", *figures])]
     return "\n".join(text)
 
@@ -305,8 +323,8 @@ def compare_seeds(folders):
     lines = []
     for title in (t for t in overviews[0] if all(t in o for o in overviews)):
         values = 100 * np.array([o[title] for o in overviews])  # (seeds, models)
-        lines.append((title, *(f"{m:.1f} ± {s:.1f}" for m, s in zip(values.mean(0), values.std(0, ddof=1),
-                                                                   strict=True))))
+        lines.append((title, *(f"{m:.1f} ± {s:.1f}" if np.isfinite(m) else "-"
+                               for m, s in zip(values.mean(0), values.std(0, ddof=1), strict=True))))
     name = studies.pop()[0]
     report.print_table(f"{name}, test accuracy in %, mean ± standard deviation of {len(tables)} trainings",
                        header(names), [(title.strip("*"), *line) for title, *line in lines])

@@ -11,6 +11,11 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 
+META = {"part": "part1", "dataset": "toy", "classes": [str(c) for c in range(10)], "outputs": 10, "head": "none",
+        "split_hash": "abc", "epoch": 1, "seed": 0, "versions": {}, "command": "x", "device": "cpu", "amp": "off",
+        "metrics": {}, "args": {"dataset": "digits", "data_dir": "data", "train_fraction": 0.2, "split_seed": 0,
+                                "seed": 0, "quick": False}}  # what a checkpoint must say of itself
+
 
 @pytest.fixture(scope="session")
 def photos():

@@ -4,13 +4,13 @@ import pickle
 
 import pytest
 import torch
+from conftest import META
 from torch import nn
 
 import common
 import report
 
 CPU = torch.device("cpu")
-META = {"classes": [str(c) for c in range(10)], "outputs": 10, "head": "none"}
 
 
 def test_checkpoint_round_trip(tmp_path, small_model, photos):
@@ -47,7 +47,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "text", "truncated", "pickled code", "foreign", "newer",
-                                     "other model", "no meta"])
+                                     "other outputs", "other shapes", "no meta"])
 def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(tmp_path, small_model, content):
     path = tmp_path / "x.pt"
     good = {"format": common.FORMAT, "version": common.VERSION, "meta": META, "model": small_model.state_dict()}
@@ -64,8 +64,10 @@ def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(tmp_path, small_mod
         torch.save(small_model.state_dict(), path)
     elif content == "newer":
         torch.save(good | {"version": common.VERSION + 1}, path)
-    elif content == "other model":
+    elif content == "other outputs":
         torch.save(good | {"meta": META | {"outputs": 7}}, path)
+    elif content == "other shapes":
+        torch.save(good | {"meta": META | {"outputs": 7, "classes": META["classes"][:7]}}, path)
     elif content == "no meta":
         torch.save({k: v for k, v in good.items() if k != "meta"}, path)
     with pytest.raises(common.UsageError, match="x.pt: ") as error:

@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from test_hostile import write_tree
@@ -41,19 +43,21 @@ def end(process, folder, code=0):
     assert process.exitcode == code, (folder / "log").read_text()
 
 
-def kill_at_random(script, argv, folder, kills, longest, keep=()):
+def kill_at_random(script, argv, folder, kills, longest, keep=None):
     """Kills a run at work `kills` times, each time resumed where it was, then lets it end. What ends sooner than it is
-    killed starts anew, all its results but `keep` removed."""
+    killed starts anew, all its results removed but those whose names begin with `keep`."""
     chance, hits = random.Random(0), 0
     while hits < kills:
         process = start(script, [*argv, "--resume"], folder)
         time.sleep(chance.uniform(0, longest))
-        at_work = process.is_alive()
         process.kill()
         process.join()
-        hits += at_work
-        for path in () if at_work else [p for p in (folder / "results").iterdir() if p.name not in keep]:
-            path.unlink()
+        assert process.exitcode in (0, -signal.SIGKILL), (folder / "log").read_text()
+        hits += process.exitcode != 0
+        if process.exitcode == 0:
+            for path in (folder / "results").iterdir():
+                if not (keep and path.name.startswith(keep)):
+                    path.unlink()
     end(start(script, [*argv, "--resume"], folder), folder)
 
 
@@ -65,6 +69,9 @@ def assert_equal(one, other):
         for name in names:
             if pattern == "*.csv":
                 assert (one / "results" / name).read_bytes() == (other / "results" / name).read_bytes()
+            elif pattern == "*_correct.npz":
+                with np.load(one / "results" / name) as ours, np.load(other / "results" / name) as theirs:
+                    assert all((ours[key] == theirs[key]).all() for key in ours.files if key != "command")
             elif pattern == "*.pt":
                 ours, theirs = (common.load_checkpoint(folder / "results" / name, "cpu")[0].state_dict()
                                 for folder in (one, other))
@@ -107,7 +114,7 @@ def test_part_2_goes_on_after_the_condition_it_was_at(data, tmp_path):
     argv = ["--checkpoint", "results/part1.pt", "--no-umap", "--amp", "off", "--eps-255", 8,
             "--perturbations", "gaussian_noise", "rotation", "cutout", "--severities", 1, 2, 3, 4, 5]
     took = timed("part2_robustness", argv, whole)
-    kill_at_random("part2_robustness", argv, killed, 6, 0.5 * took, keep=["part1.pt", "part1.csv"])
+    kill_at_random("part2_robustness", argv, killed, 6, 0.5 * took, keep="part1")
     assert "Resumed after" in (killed / "log").read_text()
     assert_equal(whole, killed)
     assert not list(killed.glob("results/part2_state.pt"))

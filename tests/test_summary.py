@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import META
 
 import common
 import report
@@ -10,7 +11,7 @@ import summary
 RUN = {"part": "part1", "dataset": "toy", "seed": 0, "split_hash": "abc"}
 
 
-def write(folder, name, part, accuracies, seed=0, split_hash="abc", order=0):
+def write(folder, name, part, accuracies, seed=0, split_hash="abc", order=0, part1="none"):
     """A part's table and correctness from {(condition, severity): accuracy} on 1,000 images."""
     run = RUN | {"part": part, "seed": seed, "split_hash": split_hash}
     labels, rows, correct = np.zeros(1000, int), [], {}
@@ -19,7 +20,7 @@ def write(folder, name, part, accuracies, seed=0, split_hash="abc", order=0):
         rows.append(report.accuracy_row(run, f"{part}.pt", "test", condition, severity, "own", wrong, labels))
         correct[f"{condition}/{severity}"] = wrong == 0
     report.write_rows(folder / f"{name}.csv", rows)
-    report.write_arrays(folder / f"{name}_correct.npz", **correct)
+    report.write_arrays(folder / f"{name}_correct.npz", command="x", part1=part1, **correct)
 
 
 def lines(table):
@@ -90,9 +91,8 @@ def test_mean_and_deviation_over_seeds(tmp_path):
 
 
 def test_results_of_a_former_checkpoint_are_removed_with_it(tmp_path, small_model):
-    meta = {"classes": [str(c) for c in range(10)], "outputs": 10, "head": "none"}
     paths = report.Paths(tmp_path, "part1")
-    common.save_checkpoint(paths(".pt"), small_model, meta)
+    common.save_checkpoint(paths(".pt"), small_model, META)
     write(tmp_path, "part2", "part2", {("rotation", 3): 0.5})
     write(tmp_path, "part3_robustness", "part3", {("rotation", 3): 0.5})
     report.retire(paths, small_model)
@@ -101,3 +101,26 @@ def test_results_of_a_former_checkpoint_are_removed_with_it(tmp_path, small_mode
     assert not (tmp_path / "part2.csv").exists()
     assert not (tmp_path / "part2_correct.npz").exists()
     assert (tmp_path / "part3_robustness.csv").exists()
+
+
+def test_images_of_a_former_part_1_do_not_count(tmp_path, small_model):
+    common.save_checkpoint(tmp_path / "part1.pt", small_model, META)
+    write(tmp_path, "part1", "part1", {("clean", ""): 0.7})
+    write(tmp_path, "part3", "part3", {("clean", ""): 0.7})
+    for made_on, found in ((common.digest(small_model), 1), ("another", 0)):
+        write(tmp_path, "part3_robustness", "part3", {("fgsm_from_part1", 8): 0.3}, part1=made_on)
+        assert [r["condition"] for r in summary.comparison(tmp_path)].count("fgsm_from_part1") == found
+
+
+def test_attacks_stand_with_their_n_and_gaps_with_a_dash(tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        write(folder, "part1", "part1", {("clean", ""): 0.7}, seed=seed)
+        write(folder, "part2", "part2", {("fgsm", 8): 0.1, ("pgd", 8): 0}, seed=seed)
+        write(folder, "part3", "part3", {("clean", ""): 0.7}, seed=seed)
+        write(folder, "part3_robustness", "part3", {("fgsm", 8): 0.2, ("fgsm_from_part1", 8): 0.4}, seed=seed)
+    summary.compare_seeds([tmp_path / "seed0", tmp_path / "seed1"])
+    text = (tmp_path / "seeds.md").read_text()
+    assert "| fgsm 8/255, n = 1000 | 10.0 ± 0.0 | 20.0 ± 0.0 |" in text
+    assert "| fgsm from part1 8/255, n = 1000 | - | 40.0 ± 0.0 |" in text
