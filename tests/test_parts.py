@@ -98,8 +98,9 @@ def test_transferred_images_are_part_1s(results):
     some = common.spread(len(data.test_labels), 50)
     images, labels = data.test_images[some] / 255, data.test_labels[some]
     part1, part3 = (common.load_checkpoint(results / f"{part}.pt", "cpu")[0] for part in ("part1", "part3"))
+    adversarial = common.fgsm(part1, images, labels, 8 / 255)
     with torch.no_grad():
-        right = part3(common.fgsm(part1, images, labels, 8 / 255)).argmax(1) == labels
+        right = part3(adversarial).argmax(1) == labels
     row = next(r for r in read(results / "part3_robustness.csv") if r["condition"] == "fgsm_from_part1"
                and r["severity"] == "8")
     assert float(row["value"]) == pytest.approx(right.float().mean().item(), abs=0.021)  # one image of 50
@@ -229,7 +230,9 @@ def test_a_full_disk_is_one_sentence_and_earlier_results_stand(results, tmp_path
     assert "cannot write" in err
     assert "what was there before still stands" in err
     assert "Traceback" not in err
-    assert contents(tmp_path) == before
+    after = contents(tmp_path)
+    assert {name: after.pop(name) for name in before} == before
+    assert set(after) == {"part1_history.csv", "part1_history.png"}  # of the first epoch, whole; no half-written state
 
 
 @pytest.mark.parametrize(("script", "classes"), [("part1_baseline", 12), ("part4_angular", 3)])
@@ -248,7 +251,8 @@ def test_other_numbers_of_classes_go_through_training_attack_and_tables(tmp_path
     if script == "part1_baseline":
         run("part2_robustness", "--results-dir", tmp_path / "results", "--checkpoint", tmp_path / "results/part1.pt",
             "--no-umap", "--perturbations", "rotation", "--eps-255", "8")
-        assert len({r["metric"] for r in read(tmp_path / "results/part1.csv")}) == 2 + classes
+        metrics = {r["metric"] for r in read(tmp_path / "results/part1.csv")}
+        assert len([m for m in metrics if m.startswith("accuracy of class")]) == classes
     assert len(report.read_all(tmp_path / "results")) > 20
 
 

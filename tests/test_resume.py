@@ -99,7 +99,7 @@ def test_a_training_killed_at_random_moments(data, tmp_path, script, options, ki
     argv = ["--dataset", "folder", "--data-dir", data, "--train-fraction", 0.5, "--epochs", 6, "--batch-size", 4,
             "--no-umap", "--amp", "off", *options]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    kill_at_random(script, argv, killed, kills, 0.3 * timed(script, argv, whole))
+    kill_at_random(script, argv, killed, kills, 0.45 * timed(script, argv, whole))
     assert "Resumed after" in (killed / "log").read_text()
     assert_equal(whole, killed)
     end(start(script, [*argv, "--lr", "0.05", "--resume"], killed), killed, code=2)
