@@ -254,7 +254,7 @@ def plot_history(path, history, run):
     left.plot(epochs, [h["loss"] for h in history], color="#0072B2")
     left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None))
     for key, label, color in (("train_accuracy", "training batches", "#0072B2"),
-                              ("eval_accuracy", "part of the evaluation split, averaged weights", "#D55E00")):
+                              ("eval_accuracy", "some evaluation images, averaged weights", "#D55E00")):
         if not all(math.isnan(h[key]) for h in history):
             right.plot(epochs, [100 * h[key] for h in history], color=color, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
@@ -274,7 +274,7 @@ def plot_confusion(path, prediction, labels, run):
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     for (i, j), value in np.ndenumerate(share):
-        if value >= 0.5:
+        if round(value):
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7,
                       color="white" if value > 55 else "black")
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
