@@ -22,7 +22,7 @@ run: $(VENV)/installed
 	$(BIN)/python part4_angular.py --results-dir $(RESULTS) $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -362,15 +362,21 @@ def plot_scatters(path, titles, points, labels, run, columns):
 
 def plot_examples(path, rows, run, what):
     """One row of images (n,3,H,W), uint8 or float in [0,1], for each title. rows: [(title, images)]."""
-    plt = pyplot()
-    n = len(rows[0][1])
-    figure, grid = plt.subplots(len(rows), n, figsize=(0.75 * n + 1.6, 0.77 * len(rows)), squeeze=False)
-    for line, (title, images) in zip(grid, rows, strict=True):
-        for axes, image in zip(line, images, strict=True):
-            axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axes.axis("off")
-        line[0].text(-0.15, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
-    figure.subplots_adjust(wspace=0.04, hspace=0.04, bottom=0, top=1)
+    plt, gap = pyplot(), 2  # pixels of white between images
+
+    def line(images):
+        pixels = images.cpu() / 255 if images.dtype == torch.uint8 else images.cpu()
+        return F.pad(pixels, (0, gap, 0, gap), value=1.0).permute(2, 0, 3, 1).flatten(1, 2)  # (H+gap, n·(W+gap), 3)
+
+    picture = torch.cat([line(images) for _, images in rows])[:-gap, :-gap]
+    n, height = len(rows[0][1]), rows[0][1].shape[2]
+    figure, axes = plt.subplots(figsize=(0.75 * n + 1.6, 0.76 * len(rows) + 0.2), layout="constrained")
+    axes.imshow(picture.numpy(), interpolation="nearest")
+    axes.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], [title for title, _ in rows])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
     save(figure, path, f"{what}, {run['dataset']}.")
 
 

@@ -168,7 +168,7 @@ VALUES = st.one_of(
     st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=8))
 
 
-@settings(max_examples=700, **QUIET)
+@settings(max_examples=800, **QUIET)
 @given(script=st.sampled_from(EVERY), words=st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(VALUES, max_size=2)),
                                                      max_size=5))
 @example(script="part2_robustness", words=[("--checkpoint", [".."])])
