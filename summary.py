@@ -299,6 +299,7 @@ def plot_comparison(path, table, names):
         f" ({common.FAMILY[c]}{', held out' if common.FAMILY[c] in common.HELD_OUT_FAMILIES else ''})"
         if c in common.FAMILY else "") for c in order])
     left.set(xlabel="test accuracy (%), mean over severities", xlim=(0, 100))
+    right.set_visible(any(r["condition"] == "fgsm" for r in table))
     right.set(xlabel="FGSM eps (1/255)", ylabel="test accuracy (%)", ylim=(0, 100), xlim=(0, None))
     figure.legend(loc="outside upper center", ncols=len(models), fontsize=8)
     report.save(figure, path, f"{table[0]['dataset']}, test images, 95 % intervals under attack.")
