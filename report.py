@@ -424,7 +424,7 @@ def plot_attack(path, rows, run, norm, audit):
             y = np.array([[r["value"], r["value"] - r["ci_low"], r["ci_high"] - r["value"]] for r in mine]) * 100
             axes.errorbar([r["severity"] for r in mine], y[:, 0], y[:, 1:].T, label=f"{label}, n = {mine[0]['n']}",
                           color=color, marker=marker, markersize=4, capsize=2)
-    axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
+    axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="accuracy (%)", ylim=(-2, 100), xlim=(-0.2, None))
     axes.legend(fontsize=8)
     failed = [name for name, _, passed, _ in audit if not passed]
     verdict = f"AUDIT FAILED: {'; '.join(failed)}." if failed else "All audits of the attack pass."
