@@ -212,7 +212,8 @@ def kill(process):
 
 
 def test_ctrl_c_prints_the_command_that_continues(tmp_path):
-    process = start("part1_baseline", *SMALL, "--results-dir", tmp_path)
+    process = start("part1_baseline", *SMALL, "--results-dir", tmp_path,  # a job in the background ignores Ctrl-C
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(tmp_path / "part1_state.pt", process)
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
