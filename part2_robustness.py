@@ -14,6 +14,7 @@ import arguments
 
 UMAP_PERTURBATIONS = ("gaussian_noise", "gaussian_blur", "color_jitter", "vertical_flip", "rotation", "cutout")
 AUDIT_ZERO_GRADIENTS = 0.01  # share of images with no gradient at all from which robustness is an illusion
+AUDIT_PGD_LEAVES = 0.1  # accuracy under PGD at 16/255, above which a model without adversarial training hides gradients
 
 
 def parse_args(argv=None):
@@ -51,8 +52,7 @@ import summary  # noqa: E402
 
 def main(argv=None):
     args = parse_args(argv)
-    device = common.pick_device(args.device)
-    names = common.perturbation_names(args.perturbations)
+    device, names = common.pick_device(args.device), common.perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
     part1 = common.part1_beside(args.results_dir, meta, device)
     published = common.cifar10c(args.cifar10c, meta["classes"], device) if args.cifar10c else ()
@@ -96,7 +96,7 @@ def main(argv=None):
             common.save_finished(paths("_state.pt"), identity, done)
         predicted, features = done[name, severity]
         record(name, severity, predicted)
-        title = f"{name.replace('_', ' ')} {severity}".strip()
+        title = f"{name} {severity}".replace("_", " ").strip()
         if strongest:
             examples.append((title, perturbed[shown]))
         if features is not None:
@@ -107,8 +107,7 @@ def main(argv=None):
 
     audit, attack_rows, right, eps_255, features, adversarial = attack(
         args, run, model, common.to_float(images[attacked]), labels[attacked], part1)
-    rows += attack_rows
-    correct |= right
+    rows, correct = rows + attack_rows, correct | right
     panels.append((f"FGSM {eps_255}/255", "test", report.ATTACKS[args.norm][0], eps_255, features[drawn],
                    clean_panel[1], clean_panel))
     clock.stop("attacks")
@@ -141,8 +140,7 @@ def attack(args, run, model, images, labels, part1=None):
     float32 = common.Amp("off", images.device)
     sweep = sorted({int(e) if e == int(e) else e for e in [0, *args.eps_255]})
     fgsm, pgd, random_noise = report.ATTACKS[args.norm]
-    few = common.spread(len(labels), args.audit_images)
-    clean = common.predict(model, images, float32).logits
+    few, clean = common.spread(len(labels), args.audit_images), common.predict(model, images, float32).logits
 
     def row(condition, eps_255, prediction, truth):
         return report.accuracy_row(run, args.checkpoint, "test", condition, eps_255, "own", prediction, truth)
@@ -157,14 +155,14 @@ def attack(args, run, model, images, labels, part1=None):
         directions[f"{fgsm}_targeted"] = common.fgsm_direction(model, images, target, norm, targeted=True)
     if part1 is not None:
         directions[f"{fgsm}_from_part1"] = common.fgsm_direction(part1, images, labels, norm)
-    rows, examples, largest, predicted = [], [], 0.0, {}
-    features, at = None, next((e for e in sweep if e >= 8), sweep[-1])
+    rows, examples, largest, predicted, features = [], [], 0.0, {}, None
+    at = next((e for e in sweep if e >= 8), sweep[-1])
     for eps_255, name in report.progress([(e, n) for e in sweep for n in directions if e or n == fgsm], "FGSM"):
         eps = eps_255 / 255
         adversarial = (images + eps * directions[name]).clamp(0, 1)
         logits, found = common.predict(model, adversarial, float32)
         predicted[name, eps_255] = logits.argmax(1)
-        rows.append(row(name, eps_255, logits.argmax(1), labels))
+        rows.append(row(name, eps_255, predicted[name, eps_255], labels))
         largest = max(largest, (adversarial - images).flatten(1).norm(norm, dim=1).max().item() - eps)
         if name == fgsm:
             features = found if eps_255 == at else features
@@ -188,6 +186,8 @@ def attack(args, run, model, images, labels, part1=None):
         audit.append((f"{name} {eps_255:g}/255 is {'stronger' if name == pgd else 'weaker'} than FGSM",
                       f"{report.percent(other)} against {report.percent(mine)} %",
                       other <= mine if name == pgd else other >= mine, len(labels[some])))
+        if (name, eps_255) == ("pgd", 16):
+            audit.append(("pgd 16/255 leaves next to nothing", f"{other:.1%}", other <= AUDIT_PGD_LEAVES, len(few)))
     facts = [("share of images without a gradient", zero, len(labels)),
              ("largest |delta| beyond eps, 1/255", largest * 255, len(labels)),
              *((f"audit: {name}", float(passed), n) for name, _, passed, n in audit)]

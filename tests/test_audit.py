@@ -32,7 +32,7 @@ def victim(photos):
 
 
 def audit(model, images, labels):
-    args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "--audit-images", "24"])
+    args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "16", "--audit-images", "24"])
     run = {"part": "part2", "dataset": "test", "seed": 0, "split_hash": "-"}
     checks, rows, *_ = part2_robustness.attack(args, run, model, images, labels)
     failed = [name for name, _, passed, _ in checks if not passed]
@@ -124,6 +124,11 @@ def test_attacking_embeddings_leaves_pgd_weaker(victim, monkeypatch):
 
     monkeypatch.setattr(common, "pgd", lambda model, *args: honest(Embeddings(model), *args))
     assert "pgd 8/255 is stronger than FGSM" in audit(*victim)
+
+
+def test_an_attack_that_does_nothing_leaves_too_much(victim, monkeypatch):
+    monkeypatch.setattr(common, "pgd", lambda model, images, *args: images)
+    assert {"pgd 16/255 leaves next to nothing", "pgd 16/255 is stronger than FGSM"} <= set(audit(*victim))
 
 
 def test_a_failed_audit_is_said_in_the_plot(victim, monkeypatch, tmp_path):
