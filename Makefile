@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python part1_baseline.py $(DEMO)
 	$(BIN)/python part2_robustness.py --checkpoint results/demo/part1.pt --results-dir results/demo --umap-points 300
 	$(BIN)/python part3_augmented.py $(DEMO)
-	$(BIN)/python part4_angular.py $(DEMO)
+	$(BIN)/python part4_angular.py $(DEMO) --epochs 20
 
 run: $(VENV)/installed
 	$(BIN)/python part1_baseline.py --results-dir $(RESULTS) $(ARGS)
