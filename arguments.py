@@ -74,6 +74,13 @@ def add_training(parser, epochs, lr, weight_decay):
     add("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training images")
     add("--lr", type=number(float, 0, 100, low_open=True), default=lr, help="peak learning rate of the one-cycle")
     add("--weight-decay", type=number(float, 0, 10), default=weight_decay, help="L2 penalty of SGD, on all weights")
+    add("--compile", action="store_true", help="torch.compile the network: a minute once, then some percent faster")
+
+
+def add_no_part2(parser):
+    """Lets a part that ends by calling part 2 leave that out."""
+    parser.add_argument("--no-part2", action="store_true", help="do not perturb and attack the test images afterwards "
+                        "(part2_robustness.py --checkpoint does it later)")
 
 
 def from_checkpoint(parser):

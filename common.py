@@ -368,6 +368,15 @@ class ClassMeans(nn.Module):
         self.register_buffer("means", torch.zeros(classes, dim))
         self.register_buffer("scale", torch.ones(()))
 
+    @torch.no_grad()
+    def fit(self, embeddings, labels):
+        """Sets the means, and the scale in 1, 2 … 64 of the least label-smoothed cross-entropy (part 1's loss) on these
+        embeddings: finite even where all of them are classified right, so that gradients survive."""
+        self.means.copy_(class_means(embeddings, labels, len(self.means)))
+        cosines, scales = F.normalize(embeddings, dim=1) @ self.means.T, torch.arange(1.0, 65.0, device=labels.device)
+        losses = torch.stack([F.cross_entropy(s * cosines, labels, label_smoothing=0.1) for s in scales])
+        self.scale.copy_(scales[losses.argmin()])
+
     def forward(self, embeddings):
         return self.scale * F.normalize(embeddings.float(), dim=1) @ self.means.T
 
@@ -398,6 +407,15 @@ class Average:
 
     def load_state_dict(self, state):
         self.module.load_state_dict(state)
+
+
+def compile_backbone(model, device):
+    """Compiles the backbone when it is first called. Raises UsageError where torch.compile does not work."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python that is too new, ...
+        raise UsageError(f"--compile: torch.compile does not work here ({first_line(error)}); leave it out") from None
+    model.backbone.compile()  # in place: the names in its state_dict stay as they are
 
 
 class Prediction(NamedTuple):
@@ -579,7 +597,7 @@ def _load(path, device):
 
 # ---- training: state, resume, history -------------------------------------------------------------------------------
 
-NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap"}  # on the trained weights
+NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap", "no_part2"}  # on weights
 
 
 def save_state(path, run, epoch, history, parts, generator):

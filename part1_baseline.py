@@ -50,6 +50,8 @@ def main(argv=None):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
     average = common.Average(model, args.epochs * steps)  # what is tested: steadier than the last weights
+    if args.compile:
+        common.compile_backbone(model, device)
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler}
     done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume

@@ -17,6 +17,7 @@ def parse_args(argv=None):
     arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=2e-3)
     parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
                         help="probability spread over all classes in the training target")
+    arguments.add_no_part2(parser)
     return arguments.parse(parser, argv)
 
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F  # noqa: E402
 import common  # noqa: E402
 import part2_robustness  # noqa: E402
 import report  # noqa: E402
+import summary  # noqa: E402
 
 PART = "part3"
 
@@ -77,6 +79,8 @@ def main(argv=None):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
     average = common.Average(model, args.epochs * steps)  # what is tested: steadier than the last weights
+    if args.compile:
+        common.compile_backbone(model, device)
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler}
     done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume
@@ -109,7 +113,10 @@ def main(argv=None):
     report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
     report.print_accuracies(f"{PART}: {args.epochs} epochs, averaged weights", rows)
-    return rows + part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
+    summary.compare(paths.folder)
+    if not args.no_part2:
+        rows += part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
+    return rows
 
 
 if __name__ == "__main__":

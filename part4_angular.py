@@ -31,6 +31,7 @@ def parse_args(argv=None):
     add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
         help="arcface, cosface, sphereface: scale of the cosines")
     add("--augment", action="store_true", help="train on part 3's perturbed images")
+    arguments.add_no_part2(parser)
     return arguments.parse(parser, argv)
 
 
@@ -43,6 +44,7 @@ import torch.nn.functional as F  # noqa: E402
 import common  # noqa: E402
 import part2_robustness  # noqa: E402
 import report  # noqa: E402
+import summary  # noqa: E402
 from part3_augmented import augment  # noqa: E402
 
 
@@ -124,14 +126,8 @@ class AngularLoss(torch.nn.Module):
 
 @torch.no_grad()
 def fit_head(model, images, labels, amp):
-    """Sets the class means from training images, and the scale that minimizes the label-smoothed cross-entropy that
-    part 1 trains with on them: finite even where every training image is right, so that gradients survive."""
-    embeddings = model.backbone.fc(common.predict(model, images, amp).features)
-    model.head.means.copy_(common.class_means(embeddings, labels, len(model.head.means)))
-    cosines = F.normalize(embeddings, dim=1) @ model.head.means.T
-    scales = torch.arange(1.0, 65.0, device=cosines.device)
-    losses = torch.stack([F.cross_entropy(s * cosines, labels, label_smoothing=0.1) for s in scales])
-    model.head.scale.copy_(scales[losses.argmin()])
+    """Fits the class means and their scale to training images."""
+    model.head.fit(model.backbone.fc(common.predict(model, images, amp).features), labels)
 
 
 def main(argv=None):
@@ -156,6 +152,8 @@ def main(argv=None):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
     average = common.Average(model, args.epochs * steps)  # what is tested: steadier than the last weights
+    if args.compile:
+        common.compile_backbone(model, device)
 
     state = {"model": model, "criterion": criterion, "average": average, "optimizer": optimizer,
              "scheduler": scheduler, "scaler": amp.scaler}
@@ -193,7 +191,10 @@ def main(argv=None):
     report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
     report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
-    return rows + part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
+    summary.compare(paths.folder)
+    if not args.no_part2:
+        rows += part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
+    return rows
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 (a) usual: float32, NCHW, a DataLoader with two workers and PIL transforms, as most public CIFAR scripts have it.
 (b) ours:  the pipelines of part 1 and part 3.
 (c) bare:  the same model step on one fixed batch, without any data pipeline: the ceiling of (b).
+In batches of 128, as the usual scripts train, and of 64, as ours do.
 The three take turns; a figure is the median over the rounds. Random images serve: speed does not depend on them.
 Prints the table and writes it to benchmarks/results/<machine>.md.
 """
@@ -26,8 +27,9 @@ FLOP = 3.34e9  # of a training step, an image: ResNet18 with a 3×3 stem, forwar
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
-    parser.add_argument("--batches", type=int, default=None, help="batches a turn (12; 160 on CUDA)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=None, help="images a turn (1,024; 20,480 on CUDA)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 64])
+    parser.add_argument("--compile", action="store_true", help="add rows of (b) and (c) with --compile")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
@@ -46,8 +48,7 @@ def main():
     device = common.pick_device(args.device)
     amp, off = common.Amp("auto", device), common.Amp("off", device)
     generator = common.seed_everything(0, device)
-    args.batches = args.batches or (160 if device.type == "cuda" else 12)
-    n = args.batches * args.batch_size
+    n = args.images or (20_480 if device.type == "cuda" else 1024)
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(n) % 10
 
@@ -76,7 +77,7 @@ def main():
     step_number = itertools.count()
 
     def usual(training, perturbed):
-        loader = torch.utils.data.DataLoader(Pictures(perturbed), args.batch_size, shuffle=training,
+        loader = torch.utils.data.DataLoader(Pictures(perturbed), size, shuffle=training,
                                              num_workers=2, drop_last=training)
         slow_net.train(training)
         torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which the usual loop leaves as it is
@@ -100,21 +101,20 @@ def main():
 
     def ours(training, perturbed):
         if not training:
-            return common.predict(fast_net, on_device, amp, args.batch_size)
+            return common.predict(fast_net, on_device, amp, size)
         fast_net.train()
-        for x, y in common.batches(on_device, y_device, args.batch_size, generator):
+        for x, y in common.batches(on_device, y_device, size, generator):
             x = common.to_float(x)
             step(augment(x, generator, next(step_number)) if perturbed else x, y)
             average.update(fast_net)
         return None
 
-    fixed = common.to_float(on_device[: args.batch_size])
-
     def bare(training, perturbed):
         fast_net.train(training)
-        for _ in range(args.batches):
+        fixed = common.to_float(on_device[:size])
+        for _ in range(n // size):
             if training:
-                step(fixed, y_device[: args.batch_size])
+                step(fixed, y_device[:size])
             else:
                 with torch.no_grad(), amp.autocast():
                     fast_net(fixed)
@@ -128,17 +128,24 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    lines = ["| | usual (a) | ours (b) | bare step (c) | b / a | b / c |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    trained = None
-    for title, *what in (("training, part 1", True, False), ("training, part 3", True, True),
-                         ("inference", False, False)):
-        contestants = (usual, ours, bare)
-        for contestant in contestants:
-            contestant(*what)
-        times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
-        a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
-        lines.append(f"| {title} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
-        trained = trained or b
+    work = [("training, part 1", True, False), ("training, part 3", True, True), ("inference", False, False)]
+    lines = ["| | batch | usual (a) | ours (b) | bare step (c) | b / a | b / c |", f"| --- |{' ---: |' * 6}"]
+    trained = 0
+    for compiled, size in itertools.product((False, True)[: 1 + args.compile], args.batch_sizes):
+        if compiled:
+            torch.compiler.reset()  # else another batch size is compiled for all sizes, which is slower
+            fast_net, fast_optimizer = model(True)
+            common.compile_backbone(fast_net, device)
+        for title, *what in work[: 2 if compiled else 3]:
+            contestants = (usual, ours, bare)
+            for contestant in contestants:
+                contestant(*what)
+            times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
+            a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
+            title += ", --compile" * compiled
+            lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
+            trained = max(trained, b)
+    fast_net = model(True)[0]
     rate = n / statistics.median(seconds(common.predict, fast_net, on_device, amp) for _ in range(args.rounds))
     lines += ["", "| test-time work | images/s | against inference |", "| --- | ---: | ---: |"]
     block, speeds = on_device[:500], {}  # what `perturb` makes at a time
@@ -148,27 +155,27 @@ def main():
                                                       for _ in range(args.rounds))
         lines.append(f"| {name.replace('_', ' ')} | {speeds[name]:.0f} | {rate / speeds[name]:.1%} of its time |")
     lines.append(f"| all of them | | {statistics.mean(rate / s for s in speeds.values()):.1%} of its time |")
-    few, y = common.to_float(on_device[: args.batch_size]), y_device[: args.batch_size]
+    few, y = common.to_float(on_device[:128]), y_device[:128]
     common.fgsm_direction(fast_net, few, y)  # imports cleverhans
-    exact = args.batch_size / statistics.median(seconds(common.predict, fast_net, few, off) for _ in range(args.rounds))
-    fgsm = args.batch_size / statistics.median(seconds(common.fgsm_direction, fast_net, few, y)
+    exact = len(few) / statistics.median(seconds(common.predict, fast_net, few, off) for _ in range(args.rounds))
+    fgsm = len(few) / statistics.median(seconds(common.fgsm_direction, fast_net, few, y)
                                                for _ in range(args.rounds))
     lines += [f"| inference, float32 | {exact:.0f} | |", f"| FGSM direction, float32 | {fgsm:.0f} | |"]
     features = torch.randn(10_000, 512, device=device) + 3 * torch.randn(10, 512, device=device).repeat(1000, 1)
     cold, warm = (seconds(common.umap_coordinates, features, 0) for _ in range(2))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     gpu = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=amp.dtype or torch.float32) for _ in range(2))
-    peak = 2 * size**3 / min(seconds(torch.matmul, a, b) for _ in range(5))
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=amp.dtype or torch.float32) for _ in range(2))
+    peak = 2 * side**3 / min(seconds(torch.matmul, a, b) for _ in range(5))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores, {processor()}"
     text = "\n".join([
         f"# {name}", "",
-        f"torch {torch.__version__}, numpy {np.__version__}, mixed precision {amp.name}, batch {args.batch_size}, "
-        f"medians of {args.rounds} rounds of {args.batches} batches.", "", *lines, "",
+        f"torch {torch.__version__}, numpy {np.__version__}, mixed precision {amp.name}, "
+        f"medians of {args.rounds} rounds of {n:,} images.", "", *lines, "",
         f"UMAP of 10,000 × 512: {cold:.1f} s cold, {warm:.1f} s warm. Peak memory {memory:.1f} GiB{gpu}. "
-        f"Training at {trained:.0f} images/s is {trained * FLOP / 1e12:.2f} TFLOP/s, {trained * FLOP / peak:.0%} of "
-        f"the {peak / 1e12:.2f} TFLOP/s that a matrix product of {size} reaches in the same precision.", ""])
+        f"Training at up to {trained:.0f} images/s is {trained * FLOP / 1e12:.2f} TFLOP/s, {trained * FLOP / peak:.0%} "
+        f"of the {peak / 1e12:.2f} TFLOP/s that a matrix product of {side} reaches in the same precision.", ""])
     print(text)
     path = Path(__file__).parent / "results" / f"{name.replace(',', '').replace(' ', '-').lower()}.md"
     with common.atomic(path) as temporary:

@@ -1,0 +1,121 @@
+"""Cross-entropy against the Angular and the margin losses: the same split, seeds and epochs, the parts' own commands.
+
+    python benchmarks/losses.py --epochs 12 --seeds 0 -- --dataset folder --data-dir data/cifar10-jpg
+
+What follows -- goes to every training. Trains parts 1 and 4 and tests each with part 2, in a results directory a loss
+and seed (results/losses/arcface-0, ...); what is finished there is not run again. Prints the table and writes it to
+benchmarks/results/losses.md.
+"""
+
+import argparse
+import csv
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+LOSSES = {"cross-entropy": [], "angular": [], "angular + N-pair": ["--npair-weight", "1"],
+          "arcface": ["--loss", "arcface"], "cosface": ["--loss", "cosface"], "sphereface": ["--loss", "sphereface"]}
+TESTS = ["--perturbations", "gaussian_noise", "salt_and_pepper", "gaussian_blur", "jpeg", "contrast", "color_jitter",
+         "rotation", "cutout", "--attack-images", "1000", "--eps-255", "0", "2", "8", "16", "--no-umap"]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--results-dir", type=Path, default=Path("results/losses"))
+    parser.add_argument("training", nargs="*", help="arguments of every training, after --")
+    return parser.parse_args()
+
+
+def study(loss, seed, args):
+    """Trains and tests what is not there yet; returns the results directory and the part's name."""
+    folder = args.results_dir / f"{loss.replace(' ', '')}-{seed}"
+    part, script = ("part1", "part1_baseline.py") if loss == "cross-entropy" else ("part4", "part4_angular.py")
+    train = [script, "--epochs", str(args.epochs), "--seed", str(seed), "--no-umap", *LOSSES[loss], *args.training]
+    test = ["part2_robustness.py", "--checkpoint", str(folder / f"{part}.pt"), *TESTS]
+    for command, result in ((train + ["--no-part2"] * (part == "part4"), f"{part}.csv"),
+                            (test, "part2.csv" if part == "part1" else "part4_robustness.csv")):
+        if not (folder / result).exists():
+            command += ["--results-dir", str(folder), "--resume"]
+            print("$ python", shlex.join(command), flush=True)
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return folder, part
+
+
+def values(folder, part):
+    """{column: fraction} of one study."""
+    rows = []
+    for name in (f"{part}.csv", "part2.csv" if part == "part1" else "part4_robustness.csv"):
+        with open(ROOT / folder / name, newline="") as file:
+            rows += csv.DictReader(file)
+
+    def accuracies(wanted):
+        return statistics.mean(float(r["value"]) for r in rows if r["metric"] == "accuracy" and wanted(r))
+
+    from common import PERTURBATIONS
+
+    return {
+        "evaluation": accuracies(lambda r: r["split"] == "evaluation" and r["head"] == "own"),
+        "test": accuracies(lambda r: r["split"] == "test" and r["condition"] == "clean" and r["head"] == "own"),
+        "test, 20-NN": accuracies(lambda r: r["split"] == "test" and r["head"] == "knn"),
+        "mPC": accuracies(lambda r: r["condition"] in PERTURBATIONS),
+        "FGSM 2": accuracies(lambda r: (r["condition"], r["severity"]) == ("fgsm", "2")),
+        "FGSM 8": accuracies(lambda r: (r["condition"], r["severity"]) == ("fgsm", "8")),
+        "PGD 8": accuracies(lambda r: (r["condition"], r["severity"]) == ("pgd", "8")),
+    }
+
+
+def right(studies):
+    """Which clean test images are classified right, one study after another: booleans."""
+    import numpy as np
+
+    return np.concatenate([np.load(ROOT / folder / f"{part}_correct.npz")["clean/"] for folder, part in studies])
+
+
+def main():
+    args = parse_args()
+    studies = {loss: [] for loss in args.losses}
+    for seed in args.seeds:
+        for loss in args.losses:
+            studies[loss].append(study(loss, seed, args))
+    import torch
+
+    from common import holm, mcnemar
+
+    others = [loss for loss in args.losses if loss != "cross-entropy" and "cross-entropy" in studies]
+    tests = dict(zip(others, holm([mcnemar(right(studies["cross-entropy"]), right(studies[loss])) for loss in others]),
+                     strict=True))
+    lines = []
+    for loss, done in studies.items():
+        found = [values(*one) for one in done]
+        cells = []
+        for column in found[0]:
+            series = [100 * f[column] for f in found]
+            spread = f" ± {statistics.stdev(series):.1f}" if len(series) > 1 else ""
+            cells.append(f"{statistics.mean(series):.1f}{spread}")
+        lines.append(f"| {loss} | {' | '.join(cells)} | {f'{tests[loss]:.1g}' if loss in tests else ''} |")
+    many = len(args.seeds) > 1
+    text = "\n".join([
+        "# Losses on the same split, seeds and epochs", "",
+        f"`python benchmarks/losses.py {shlex.join(sys.argv[1:])}`, {torch.get_num_threads()} cores, torch "
+        f"{torch.__version__}. Accuracy in %, {args.epochs} epochs, "
+        f"{'mean ± standard deviation over the seeds' if many else 'one training each, seed'} "
+        f"{', '.join(map(str, args.seeds))}. mPC: mean over {TESTS.index('--attack-images') - 1} perturbations at "
+        "severity 3. FGSM: 1,000 test images, PGD: 100 of them; eps in 1/255. p: McNemar's exact test against "
+        "cross-entropy on the clean test images, corrected after Holm.", "",
+        f"| | {' | '.join(found[0])} | p |", f"| --- |{' ---: |' * (len(found[0]) + 1)}", *lines, ""])
+    print(text)
+    path = ROOT / "benchmarks" / "results" / "losses.md"
+    path.write_text(text)
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()
