@@ -426,8 +426,9 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model, images, amp, batch_size=128):
+def predict(model, images, amp, batch_size=None):
     """Logits and backbone features of uint8 or float images (N,3,H,W) in one pass, in eval mode."""
+    batch_size = batch_size or (64 if images.device.type == "cpu" else 1024)  # what is fastest, by a few percent
     features, logits = [], []
     hook = model.backbone.avgpool.register_forward_hook(lambda *call: features.append(call[2].flatten(1).float()))
     with eval_mode(model):

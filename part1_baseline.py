@@ -14,7 +14,7 @@ import arguments
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=20, lr=0.1, weight_decay=2e-3)
+    arguments.add_training(parser, epochs=12, lr=0.1, weight_decay=2e-3)
     parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
                         help="probability spread over all classes in the training target")
     return arguments.parse(parser, argv)

@@ -19,10 +19,10 @@ EMBEDDING = 128  # numbers
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=20, lr=0.1, weight_decay=2e-3)
+    arguments.add_training(parser, epochs=12, lr=0.05, weight_decay=2e-3)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
-    add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=45.0,
+    add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=40.0,
         help="Angular loss: the angle alpha, degrees (the paper: 36 to 55)")
     add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0,
         help="Angular loss: weight of the N-pair loss that is added")
