@@ -56,7 +56,8 @@ def add_shared(parser):
         help="share of every class of the training set that is trained on; the rest is the evaluation split")
     add("--split-seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of that split: the same in all parts")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, batches, augmentation, UMAP")
-    add("--batch-size", type=number(int, 2, 65536), default=64, help="training images per batch")
+    add("--batch-size", type=number(int, 2, 65536), default=64, help="training images per batch (part 4: "
+        "rounded to as many of every class, at least two)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision; auto: bf16 where this machine is faster with it, fp16 on older CUDA, else off")
@@ -74,7 +75,7 @@ def add_training(parser, epochs, lr, weight_decay):
     add("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training images")
     add("--lr", type=number(float, 0, 100, low_open=True), default=lr, help="peak learning rate of the one-cycle")
     add("--weight-decay", type=number(float, 0, 10), default=weight_decay, help="L2 penalty of SGD, on all weights")
-    add("--compile", action="store_true", help="torch.compile the network: a minute once, then some percent faster")
+    add("--compile", action="store_true", help="torch.compile the network: a minute once, then faster steps")
 
 
 def add_no_part2(parser):

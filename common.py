@@ -378,7 +378,8 @@ class ClassMeans(nn.Module):
         self.scale.copy_(scales[losses.argmin()])
 
     def forward(self, embeddings):
-        return self.scale * F.normalize(embeddings.float(), dim=1) @ self.means.T
+        with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would tie close classes
+            return self.scale * F.normalize(embeddings.float(), dim=1) @ self.means.T
 
 
 def class_means(embeddings, labels, classes):
@@ -428,7 +429,7 @@ class Prediction(NamedTuple):
 @torch.no_grad()
 def predict(model, images, amp, batch_size=None):
     """Logits and backbone features of uint8 or float images (N,3,H,W) in one pass, in eval mode."""
-    batch_size = batch_size or (64 if images.device.type == "cpu" else 1024)  # what is fastest, by a few percent
+    batch_size = batch_size or (64 if images.device.type == "cpu" else 1024)  # suits the caches
     features, logits = [], []
     hook = model.backbone.avgpool.register_forward_hook(lambda *call: features.append(call[2].flatten(1).float()))
     with eval_mode(model):
@@ -617,9 +618,11 @@ def identity(run, device):
 def check_identity(path, before, now):
     """Raises UsageError if a resumed run's identity differs from its first half's."""
     for flag, value in now.items():
-        if before.get(flag) != value:
-            raise UsageError(f"--resume: the run in {path} had {flag} {before.get(flag)}, this one has {value}; give "
-                             f"{flag} {before.get(flag)}, or leave --resume out to start anew")
+        had = before.get(flag)
+        if had != value:
+            give = f"leave {flag} out" if had in (None, False) else f"give {flag}" + f" {had}" * (had is not True)
+            raise UsageError(f"--resume: the run in {path} had {flag} {had}, this one has {value}; {give}, or leave "
+                             "--resume out to start anew")
 
 
 def resume(path, run, parts, generator):
@@ -688,7 +691,8 @@ class Epoch:
     def finish(self, accuracy, scheduler):
         """The history row; prints it. accuracy: of the averaged weights on a part of the evaluation split."""
         train_accuracy = float(self.correct) / self.seen
-        print(f"epoch {self.row['epoch']:3d}  loss {self.loss:6.3f}  train {train_accuracy:.3f}  "
+        train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
+        print(f"epoch {self.row['epoch']:3d}  loss {self.loss:6.3f}  {train}"
               f"evaluation {accuracy:.3f}  {self.rate:6.0f} images/s", flush=True)
         return self.row | {"loss": self.loss, "train_accuracy": train_accuracy, "eval_accuracy": accuracy,
                            "lr": scheduler.get_last_lr()[0]}

@@ -169,7 +169,7 @@ def attack(args, run, model, images, labels, part1=None):
             examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
         if name == f"{fgsm}_targeted":
             rows.append(row(name, eps_255, logits.argmax(1), target) | {"metric": "target class reached"})
-    for eps_255 in report.progress(sorted({8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
+    for eps_255 in report.progress(sorted({2, 8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
         adversarial = common.pgd(model, images[few], labels[few], eps_255 / 255, norm)
         predicted[pgd, eps_255] = common.predict(model, adversarial, float32).logits.argmax(1)
         rows.append(row(pgd, eps_255, predicted[pgd, eps_255], labels[few]))

@@ -51,8 +51,8 @@ def crop_and_flip(images, generator, padding=4):
 
 def augment(images, generator, step):
     """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
-    random; for each of the seen families a tenth of them (6 of 64) gets a perturbation of it, with the step's turn of
-    its members and severities."""
+    random; for each of the seen families about a tenth of them (6 of 64) gets a perturbation of it, with the step's
+    turn of its members and severities."""
     images = crop_and_flip(images, generator)
     groups = list(images.chunk(4 * len(common.SEEN_FAMILIES)))
     for i, family in enumerate(common.SEEN_FAMILIES[: len(groups)]):

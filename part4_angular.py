@@ -23,16 +23,19 @@ def parse_args(argv=None):
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=40.0,
-        help="Angular loss: the angle alpha, degrees (the paper: 36 to 55)")
+        help=f"Angular loss: the angle alpha, degrees, 0 to {MAX_ALPHA_DEG} (the paper: 36 to 55)")
     add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0,
-        help="Angular loss: weight of the N-pair loss that is added")
+        help="Angular loss: weight of the N-pair loss on unit vectors that is added")
     add("--margin", type=arguments.number(float, 0, 4), default=None,
-        help="margin: arcface in radians, cosface in cosine, sphereface a factor (None: 0.2, 0.2, 1.5)")
+        help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.2, 0.2, 1.5)")
     add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
         help="arcface, cosface, sphereface: scale of the cosines")
     add("--augment", action="store_true", help="train on part 3's perturbed images")
     arguments.add_no_part2(parser)
-    return arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv)
+    if args.loss == "sphereface" and args.margin is not None and args.margin < 1:
+        parser.error(f"argument --margin: sphereface multiplies the angle by it, expected 1 to 4, found {args.margin}")
+    return args
 
 
 if __name__ == "__main__":
@@ -53,7 +56,7 @@ def angular_loss(embeddings, labels, alpha_deg):
 
     embeddings: float (B,D), normalized here to unit length.  labels: int64 (B,).  alpha_deg: in [0, 70] degrees.
     Returns a float32 scalar: the mean over pairs (a,p) of log(1 + Σ_n exp f(a,p,n)), where
-    f = 4 tan²α (x_a + x_p)·x_n - 2 (1 + tan²α) x_a·x_p; 0 if the batch has no pair or only one class.
+    f = 4 tan²α (x_a + x_p)·x_n - 2 (1 + tan²α) x_a·x_p; 0 (but for rounding) without a pair or a second class.
     Raises ValueError for an alpha outside its range, where float32 overflows.
     """
     if not 0 <= alpha_deg <= MAX_ALPHA_DEG:
@@ -68,7 +71,7 @@ def angular_loss(embeddings, labels, alpha_deg):
 
 
 def npair_loss(embeddings, labels):
-    """N-pair loss (Sohn 2016) on unit vectors: the mean over pairs of log(1 + Σ_n exp(x_a·x_n - x_a·x_p))."""
+    """N-pair loss (Sohn 2016) on unit vectors: the mean over pairs of log(1 + Σ_n exp(x_a·x_n - x_a·x_p)), or 0."""
     similarity, same, pairs = similarities(embeddings, labels)
     negatives = similarity.exp().masked_fill(same, 0).sum(1, keepdim=True)
     return mean_over_pairs(negatives.expand_as(similarity), similarity, pairs)

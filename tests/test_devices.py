@@ -1,19 +1,18 @@
 """Training steps that never wait for the device; and, where there is a GPU, the same results on it as on the CPU."""
 
+import contextlib
 import csv
-import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import arguments
 import common
 import part1_baseline
 import part2_robustness
+import part3_augmented
 import part4_angular
-from part3_augmented import augment
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,32 +30,36 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def one_step(device, augmented, angular):
-    """What the loops of the parts do with a batch; returns it as a function of the step's number."""
-    generator = common.seed_everything(0, device)
-    amp = common.Amp("off", device)
-    model = common.Model(16).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, 1000)
-    average = common.Average(model, 100)
-    images = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, device=device)
-    labels = torch.arange(24, device=device) % 4
-    criterion = part4_angular.AngularLoss(45, 1.0) if angular else F.cross_entropy
-    epoch = common.Epoch(0, 1, [], 1)
+@pytest.fixture
+def steps_in(monkeypatch):
+    """A function that lets every training step of the parts run in a context."""
+    def install(context):
+        def iterate(epoch):
+            batches = iter(epoch.bar)
+            batch = next(batches)  # what is prepared once an epoch may wait
+            while batch is not None:
+                with context():
+                    yield batch
+                    batch = next(batches, None)
+            epoch.loss, epoch.rate = float(epoch.loss) / epoch.steps, 0.0
 
-    def step(number):
-        batch = common.to_float(images)
-        if augmented:
-            batch = augment(batch, generator, number)
-        with amp.autocast():
-            outputs = model(batch)
-        loss = criterion(outputs, labels)
-        amp.step(loss, optimizer)
-        scheduler.step()
-        average.update(model)
-        epoch.add(loss, outputs, labels)
+        monkeypatch.setattr(common.Epoch, "__iter__", iterate)
+    return install
 
-    return step
+
+@contextlib.contextmanager
+def gpu_sync_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+QUICK = ["--dataset", "digits", "--quick", "--no-umap"]
+TRAININGS = {"part1": (part1_baseline, []), "part3": (part3_augmented, ["--no-part2"]),
+             "part4": (part4_angular, ["--no-part2", "--npair-weight", "1"]),
+             "part4_augmented": (part4_angular, ["--no-part2", "--augment", "--loss", "arcface"])}
 
 
 def test_the_detector_detects():
@@ -65,16 +68,13 @@ def test_the_detector_detects():
             waits(torch.ones(3))
 
 
-@pytest.mark.parametrize("angular", [False, True])
-def test_a_training_step_never_waits_for_the_device(angular):
-    step = one_step(torch.device("cpu"), augmented=False, angular=angular)
-    step(0)
-    with NoSync():
-        step(1)
-    with NoSync():
-        for images, _ in itertools.islice(common.batches(torch.zeros(64, 3, 4, 4), torch.zeros(64), 16,
-                                                         torch.Generator()), 2):
-            assert len(images) == 16
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_step_never_waits_for_the_device(name, steps_in, tmp_path):
+    part, flags = TRAININGS[name]
+    steps_in(NoSync)
+    part.main([*QUICK, *flags, "--amp", "off", "--device", "cpu", "--batch-size", "40", "--results-dir", str(tmp_path)])
+    assert (tmp_path / f"{name}.pt").exists()
+    assert not list(tmp_path.glob("*robustness*"))  # --no-part2
 
 
 def test_nor_does_any_perturbation_of_the_training_data():
@@ -82,7 +82,7 @@ def test_nor_does_any_perturbation_of_the_training_data():
     images = torch.rand(24, 3, 32, 32)
     for step in range(40):  # every member of every family that is trained on, at several severities
         with NoSync():
-            augment(images, generator, step)
+            part3_augmented.augment(images, generator, step)
 
 
 def test_compile_says_in_one_sentence_that_it_cannot(monkeypatch):
@@ -96,7 +96,10 @@ def test_compile_says_in_one_sentence_that_it_cannot(monkeypatch):
 
 
 def test_a_compiled_backbone_keeps_the_names_of_its_weights(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    def wrap(what):  # as torch.compile does with a module
+        return torch.nn.ModuleDict({"_orig_mod": what}) if isinstance(what, torch.nn.Module) else what
+
+    monkeypatch.setattr(torch, "compile", wrap)
     model = common.Model(2)
     names = list(model.state_dict())
     common.compile_backbone(model, torch.device("cpu"))
@@ -104,16 +107,11 @@ def test_a_compiled_backbone_keeps_the_names_of_its_weights(monkeypatch):
 
 
 @needs_gpu
-def test_no_step_synchronizes_on_the_gpu():
-    for augmented, angular in itertools.product((False, True), repeat=2):
-        step = one_step(torch.device("cuda"), augmented, angular)
-        step(0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for number in range(1, 40):
-                step(number)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("name", TRAININGS)
+def test_no_step_synchronizes_on_the_gpu(name, steps_in, tmp_path):
+    part, flags = TRAININGS[name]
+    steps_in(gpu_sync_is_an_error)
+    part.main([*QUICK, *flags, "--device", "cuda", "--results-dir", str(tmp_path)])
 
 
 @needs_gpu
@@ -138,14 +136,31 @@ def test_split_predictions_and_attack_are_the_same_on_the_gpu(photos, small_mode
 
 @needs_gpu
 @pytest.mark.parametrize("amp", ["off", "auto", "fp16"])
-def test_all_parts_run_on_the_gpu(tmp_path, amp):
-    common_arguments = ["--dataset", "digits", "--quick", "--device", "cuda", "--umap-points", "60", "--amp", amp,
-                        "--results-dir", str(tmp_path)]
-    part1_baseline.main(common_arguments)
-    part2_robustness.main(["--checkpoint", str(tmp_path / "part1.pt"), *common_arguments])
-    part4_angular.main([*common_arguments, "--augment", "--no-umap"])
-    part4_angular.main([*common_arguments, "--no-umap", "--resume", "--loss", "angular"])
-    with open(tmp_path / "part4_robustness.csv", newline="") as file:
-        values = [float(r["value"]) for r in csv.DictReader(file) if r["metric"] == "accuracy"]
-    assert len(values) > 30
-    assert all(0 <= v <= 1 for v in values)
+def test_all_parts_run_and_resume_on_the_gpu(tmp_path, amp, monkeypatch, capsys):
+    flags = ["--dataset", "digits", "--quick", "--device", "cuda", "--amp", amp, "--results-dir", str(tmp_path)]
+    part1_baseline.main([*flags, "--umap-points", "60"])
+    part2_robustness.main(["--checkpoint", str(tmp_path / "part1.pt"), *flags, "--umap-points", "60"])
+    part3_augmented.main([*flags, "--no-umap"])
+    part4_angular.main([*flags, "--no-umap", "--augment"])
+
+    def save_and_stop(*arguments):
+        save_state(*arguments)
+        raise KeyboardInterrupt
+
+    save_state = common.save_state
+    monkeypatch.setattr(common, "save_state", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        part4_angular.main([*flags, "--no-umap"])
+    monkeypatch.setattr(common, "save_state", save_state)
+    part4_angular.main([*flags, "--no-umap", "--resume"])
+    assert "Resumed after epoch 1" in capsys.readouterr().out
+    for part in ("part2", "part3_robustness", "part4_robustness", "part4_augmented_robustness"):
+        with open(tmp_path / f"{part}.csv", newline="") as file:
+            values = [float(r["value"]) for r in csv.DictReader(file) if r["metric"] == "accuracy"]
+        assert len(values) > 30
+        assert all(0 <= v <= 1 for v in values)
+
+
+@needs_gpu
+def test_compiled_on_the_gpu(tmp_path):
+    part1_baseline.main([*QUICK, "--device", "cuda", "--compile", "--results-dir", str(tmp_path)])

@@ -116,6 +116,7 @@ BAD += [(script, argv, 2, message) for script in EVERY for argv, message in (
 BAD += [("part4_angular", argv, 2, argv[0]) for argv in (
     ["--alpha-deg", "-1"], ["--alpha-deg", "70.5"], ["--alpha-deg", "nan"], ["--margin", "5"], ["--margin", "nan"],
     ["--scale", "0"], ["--scale", "inf"], ["--npair-weight", "-1"], ["--loss", "triplet"])]
+BAD += [("part4_angular", ["--loss", "sphereface", "--margin", "0.5"], 2, "argument --margin: sphereface")]
 BAD += [("part1_baseline", ["--label-smoothing", "1"], 2, "--label-smoothing")]
 BAD += [("part1_baseline", ["--data-dir", f"{{top}}/{name}"], 1, message) for name, message in (
     ("nowhere", "nowhere/train does not exist"), ("one_class", "at least two"), ("no_test", "holds no image"),

@@ -102,8 +102,8 @@ def test_a_training_killed_at_random_moments(data, tmp_path, script, options, ki
     kill_at_random(script, argv, killed, kills, 0.45 * timed(script, argv, whole))
     assert "Resumed after" in (killed / "log").read_text()
     assert_equal(whole, killed)
-    end(start(script, [*argv, "--lr", "0.05", "--resume"], killed), killed, code=2)
-    assert "had --lr 0.1, this one has 0.05" in (killed / "log").read_text()
+    end(start(script, [*argv, "--lr", "0.3", "--resume"], killed), killed, code=2)
+    assert "this one has 0.3; give --lr 0." in (killed / "log").read_text()
 
 
 def test_part_2_goes_on_after_the_condition_it_was_at(data, tmp_path):
