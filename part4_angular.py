@@ -108,11 +108,9 @@ class MarginLoss(torch.nn.Module):
     def forward(self, embeddings, labels):
         cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centres, dim=1).T  # (B,C)
         own = cosines.gather(1, labels.unsqueeze(1))
-        if self.kind == "cosface":
-            harder = own - self.margin
-        else:
-            angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()
-            harder = (angle + self.margin if self.kind == "arcface" else angle * self.margin).clamp(max=math.pi).cos()
+        angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()  # the gradient of acos is infinite at both ends
+        harder = {"arcface": (angle + self.margin).clamp(max=math.pi).cos(), "cosface": own - self.margin,
+                  "sphereface": (angle * self.margin).clamp(max=math.pi).cos()}[self.kind]
         return F.cross_entropy(self.scale * cosines.scatter(1, labels.unsqueeze(1), harder), labels)
 
 
@@ -145,10 +143,8 @@ def main(argv=None):
 
     head = common.ClassMeans(len(data.classes), EMBEDDING)
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
-    if args.loss == "angular":
-        criterion = AngularLoss(args.alpha_deg, args.npair_weight)
-    else:
-        criterion = MarginLoss(args.loss, len(data.classes), args.margin, args.scale).to(device)
+    criterion = (AngularLoss(args.alpha_deg, args.npair_weight) if args.loss == "angular" else
+                 MarginLoss(args.loss, len(data.classes), args.margin, args.scale)).to(device)
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
