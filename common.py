@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from arguments import RunError, UsageError, check_data_arguments
 from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb, to_uint8  # noqa: F401
@@ -427,18 +429,26 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
+def folded(model):
+    """A copy for inference, with every batch norm folded into the convolution before it: the same function, faster."""
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        for conv, norm in itertools.pairwise(list(module._modules)):
+            if isinstance(module._modules[norm], nn.BatchNorm2d):
+                module._modules[conv] = fuse_conv_bn_eval(module._modules[conv], module._modules[norm])
+                module._modules[norm] = nn.Identity()
+    return model
+
+
+@torch.no_grad()
 def predict(model, images, amp, batch_size=None):
     """Logits and backbone features of uint8 or float images (N,3,H,W) in one pass, in eval mode."""
     batch_size = batch_size or (64 if images.device.type == "cpu" else 1024)  # suits the caches
-    features, logits = [], []
-    hook = model.backbone.avgpool.register_forward_hook(lambda *call: features.append(call[2].flatten(1).float()))
-    with eval_mode(model):
-        try:
-            for batch in images.split(batch_size):
-                with amp.autocast():
-                    logits.append(model(to_float(batch) if batch.dtype == torch.uint8 else batch).float())
-        finally:
-            hook.remove()
+    features, model = [], folded(model)
+    model.backbone.avgpool.register_forward_hook(lambda *call: features.append(call[2].flatten(1).float()))
+    with amp.autocast():  # around the loop: it casts the weights once
+        logits = [model(to_float(batch) if batch.dtype == torch.uint8 else batch).float()
+                  for batch in images.split(batch_size)]
     return Prediction(torch.cat(logits), torch.cat(features))
 
 

@@ -38,7 +38,26 @@ def test_features_are_what_the_last_layer_sees(small_model, photos):
     logits, features = common.predict(small_model, photos, common.Amp("off", CPU), batch_size=16)
     assert features.shape == (40, 512)
     assert torch.allclose(small_model.backbone.fc(features), logits, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(small_model(photos / 255), logits, atol=1e-4)
     assert not small_model.backbone.avgpool._forward_hooks
+
+
+@pytest.mark.parametrize("classes", [None, 4])
+def test_folding_changes_nothing_but_speed(small_model, photos, classes):
+    model = common.Model(16, head=common.ClassMeans(classes, 16)) if classes else small_model
+    if classes:
+        model.head.means.normal_()
+        model.backbone.bn1.running_mean.uniform_()
+        model.backbone.layer2[0].downsample[1].running_var.uniform_(0.5, 2)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quick = common.folded(model)
+    assert model.training and not quick.training
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.allclose(quick(photos / 255), model.eval()(photos / 255), rtol=1e-3, atol=1e-4)
 
 
 class Bomb:
