@@ -144,7 +144,7 @@ def main():
             a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
             title += ", --compile" * compiled
             lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
-            trained = max(trained, b)
+            trained = max(trained, b) if what[0] else trained
     fast_net = model(True)[0]
     rate = n / statistics.median(seconds(common.predict, fast_net, on_device, amp) for _ in range(args.rounds))
     lines += ["", "| test-time work | images/s | against inference |", "| --- | ---: | ---: |"]
