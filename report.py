@@ -411,7 +411,7 @@ def plot_severities(path, rows, run):
 def plot_attack(path, rows, run, norm, audit):
     """Accuracy over eps under FGSM, beside PGD and random signs of the same eps, and what the audit found."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.8, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
     fgsm, pgd, random_noise = ATTACKS[norm]
     styles = {fgsm: ("FGSM", "#0072B2", "o"), pgd: ("PGD, 10 steps", "#D55E00", "^"),
               **{f"{fgsm}_{v}": (f"FGSM, {text}", color, marker) for (v, text), color, marker in
@@ -423,9 +423,10 @@ def plot_attack(path, rows, run, norm, audit):
         if mine:
             y = np.array([[r["value"], r["value"] - r["ci_low"], r["ci_high"] - r["value"]] for r in mine]) * 100
             axes.errorbar([r["severity"] for r in mine], y[:, 0], y[:, 1:].T, label=f"{label}, n = {mine[0]['n']}",
-                          color=color, marker=marker, markersize=4, capsize=2)
+                          color=color, marker=marker, markersize=4, capsize=2,
+                          linestyle="" if attack == pgd else "-")  # at few eps: a line between them would be a guess
     axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="accuracy (%)", ylim=(-2, 100), xlim=(-0.2, None))
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     failed = [name for name, _, passed, _ in audit if not passed]
     verdict = f"AUDIT FAILED: {'; '.join(failed)}." if failed else "All audits of the attack pass."
     save(figure, path, f"{run['part']} on {run['dataset']}, test images, float32, true labels where not "
