@@ -29,7 +29,6 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
     parser.add_argument("--images", type=int, default=None, help="images a turn (1,024; 20,480 on CUDA)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--compile", action="store_true", help="add rows of (b) and (c) with --compile")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
@@ -131,21 +130,15 @@ def main():
     work = [("training, part 1", True, False), ("training, part 3", True, True), ("inference", False, False)]
     lines = ["| | batch | usual (a) | ours (b) | bare step (c) | b / a | b / c |", f"| --- |{' ---: |' * 6}"]
     trained = 0
-    for compiled, size in itertools.product((False, True)[: 1 + args.compile], args.batch_sizes):
-        if compiled:
-            torch.compiler.reset()  # else another batch size is compiled for all sizes, which is slower
-            fast_net, fast_optimizer = model(True)
-            common.compile_backbone(fast_net, device)
-        for title, *what in work[: 2 if compiled else 3]:
+    for size in args.batch_sizes:
+        for title, *what in work:
             contestants = (usual, ours, bare)
             for contestant in contestants:
                 contestant(*what)
             times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
             a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
-            title += ", --compile" * compiled
             lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
             trained = max(trained, b) if what[0] else trained
-    fast_net = model(True)[0]
     rate = n / statistics.median(seconds(common.predict, fast_net, on_device, amp) for _ in range(args.rounds))
     lines += ["", "| test-time work | images/s | against inference |", "| --- | ---: | ---: |"]
     block, speeds = on_device[:500], {}  # what `perturb` makes at a time
