@@ -93,7 +93,7 @@ def mean_over_pairs(negatives, attraction, pairs):
 
 
 class MarginLoss(torch.nn.Module):
-    """Cross-entropy of scaled cosines to learned class centres, the true class's made harder by a margin.
+    """Cross-entropy (label smoothing as in part 1) of scaled cosines to learned class centres, with a margin.
 
     arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu et al. 2017, in the
     characteristic form of SphereFace-R): cos(min(m θ, π)).
@@ -107,11 +107,11 @@ class MarginLoss(torch.nn.Module):
 
     def forward(self, embeddings, labels):
         cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centres, dim=1).T  # (B,C)
-        own = cosines.gather(1, labels.unsqueeze(1))
+        own = cosines.gather(1, labels[:, None])
         angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()  # the gradient of acos is infinite at both ends
         harder = {"arcface": (angle + self.margin).clamp(max=math.pi).cos(), "cosface": own - self.margin,
                   "sphereface": (angle * self.margin).clamp(max=math.pi).cos()}[self.kind]
-        return F.cross_entropy(self.scale * cosines.scatter(1, labels.unsqueeze(1), harder), labels)
+        return F.cross_entropy(self.scale * cosines.scatter(1, labels[:, None], harder), labels, label_smoothing=0.1)
 
 
 class AngularLoss(torch.nn.Module):

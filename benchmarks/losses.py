@@ -86,7 +86,7 @@ def settings(folder, part):
     elif args["loss"] == "angular":
         words.append(f"alpha {args['alpha_deg']:g}°")
     else:
-        words.append(f"scale {args['scale']:g}")
+        words.append(f"scale {args['scale']:g}, label smoothing 0.1")
     return ", ".join(words)
 
 
