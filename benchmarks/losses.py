@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 LOSSES = {"cross-entropy": [], "angular": [], "angular + N-pair": ["--npair-weight", "0.5"],
-          "arcface": ["--loss", "arcface"], "cosface": ["--loss", "cosface"], "sphereface": ["--loss", "sphereface"]}
+          **{loss: ["--loss", loss, "--lr", "0.1"] for loss in ("arcface", "cosface", "sphereface")}}
 PERTURBED = ["gaussian_noise", "jpeg", "color_jitter", "rotation"]  # one a family
 TESTS = ["--perturbations", *PERTURBED, "--eps-255", "0", "2", "8", "16", "--no-umap"]
 
@@ -130,7 +130,7 @@ def main():
         f"{', '.join(map(str, args.seeds))}. mPC: mean over {', '.join(PERTURBED)} at severity 3. "
         "Eps in 1/255, on 2,000 test images (FGSM) and 100 of them (PGD) where there are as many. p: McNemar's exact "
         "test against cross-entropy on the clean test images, corrected after Holm, of several seeds the largest. "
-        "Learning rates were tuned for cross-entropy and for the Angular loss; the margin losses have the latter's, "
+        "Learning rates were tuned for cross-entropy and for the Angular loss; the margin losses have cross-entropy's, "
         "untuned, as are their margins and scale.", "",
         f"| | {' | '.join(found[0])} | p |", f"| --- |{' ---: |' * (len(found[0]) + 1)}", *lines, ""])
     print(text)
