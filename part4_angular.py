@@ -27,10 +27,9 @@ def parse_args(argv=None):
     add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0,
         help="Angular loss: weight of the N-pair loss on unit vectors that is added")
     add("--margin", type=arguments.number(float, 0, 4), default=None,
-        help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.1, 0.1, 1.2)")
-    add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=8.0,
+        help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.2, 0.2, 1.5)")
+    add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
         help="arcface, cosface, sphereface: scale of the cosines")
-    add("--balanced", action="store_true", help="batches with the same number of every class, instead of part 1's")
     add("--augment", action="store_true", help="train on part 3's perturbed images")
     arguments.add_no_part2(parser)
     args = arguments.parse(parser, argv)
@@ -103,7 +102,7 @@ class MarginLoss(torch.nn.Module):
     def __init__(self, kind, classes, margin, scale):
         super().__init__()
         self.kind, self.scale = kind, scale
-        self.margin = {"arcface": 0.1, "cosface": 0.1, "sphereface": 1.2}[kind] if margin is None else margin
+        self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.5}[kind] if margin is None else margin
         self.centres = torch.nn.Parameter(torch.randn(classes, EMBEDDING))
 
     def forward(self, embeddings, labels):
@@ -161,8 +160,7 @@ def main(argv=None):
     some = common.spread(len(split.train_labels), 1000)  # enough for class means on the learning curve
     for number in range(done, args.epochs):
         model.train()
-        make_batches = common.balanced_batches if args.balanced else common.batches
-        batches = make_batches(split.train_images, split.train_labels, args.batch_size, generator)
+        batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size, generator)
         epoch = common.Epoch(number, args.epochs, batches, steps)
         for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]

@@ -130,7 +130,7 @@ def test_margins_by_hand(kind, margin, theta):
         criterion.centres.zero_()[:, :2] = torch.eye(2)
     embedding = torch.zeros(1, criterion.centres.shape[1])
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
-    m = margin or {"arcface": 0.1, "cosface": 0.1, "sphereface": 1.2}[kind]
+    m = margin or {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.5}[kind]
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,
            "sphereface": math.cos(min(m * theta, math.pi))}
     gap = 10 * (own[kind] - math.sin(theta))
