@@ -124,14 +124,14 @@ def main():
     many = len(args.seeds) > 1
     text = "\n".join([
         "# Losses on the same split, seeds and epochs", "",
-        f"`python benchmarks/losses.py {shlex.join(sys.argv[1:])}`, {torch.get_num_threads()} cores, torch "
+        f"`python benchmarks/losses.py {shlex.join(sys.argv[1:])}`, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}. Accuracy in %, {args.epochs} epochs, "
         f"{'mean ± standard deviation over the seeds' if many else 'one training each, seed'} "
         f"{', '.join(map(str, args.seeds))}. mPC: mean over {', '.join(PERTURBED)} at severity 3. "
         "Eps in 1/255, on 2,000 test images (FGSM) and 100 of them (PGD) where there are as many. p: McNemar's exact "
         "test against cross-entropy on the clean test images, corrected after Holm, of several seeds the largest. "
         "Learning rates were tuned for cross-entropy and for the Angular loss; the margin losses have cross-entropy's, "
-        "untuned, as are their margins and scale.", "",
+        "and the margins and scales tried first (recipes.md has what else was tried).", "",
         f"| | {' | '.join(found[0])} | p |", f"| --- |{' ---: |' * (len(found[0]) + 1)}", *lines, ""])
     print(text)
     path = ROOT / "benchmarks" / "results" / "losses.md"
