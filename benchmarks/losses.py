@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-LOSSES = {"cross-entropy": [], "angular": [], "angular + N-pair": ["--npair-weight", "0.5"],
-          **{loss: ["--loss", loss, "--lr", "0.1"] for loss in ("arcface", "cosface", "sphereface")}}
+LOSSES = {"cross-entropy": [], "angular": [], "angular + N-pair": ["--npair-weight", "1"],
+          **{loss: ["--loss", loss] for loss in ("arcface", "cosface", "sphereface")}}
 PERTURBED = ["gaussian_noise", "jpeg", "color_jitter", "rotation"]  # one a family
 TESTS = ["--perturbations", *PERTURBED, "--eps-255", "0", "2", "8", "16", "--no-umap"]
 
