@@ -85,6 +85,8 @@ def settings(folder, part):
         words.append(f"label smoothing {args['label_smoothing']:g}")
     elif args["loss"] == "angular":
         words.append(f"alpha {args['alpha_deg']:g}°")
+        if args["npair_weight"]:
+            words.append(f"N-pair of scale {args['scale']:g}")
     else:
         words.append(f"scale {args['scale']:g}, label smoothing 0.1")
     return ", ".join(words)
@@ -130,8 +132,8 @@ def main():
         f"{', '.join(map(str, args.seeds))}. mPC: mean over {', '.join(PERTURBED)} at severity 3. "
         "Eps in 1/255, on 2,000 test images (FGSM) and 100 of them (PGD) where there are as many. p: McNemar's exact "
         "test against cross-entropy on the clean test images, corrected after Holm, of several seeds the largest. "
-        "Learning rates were tuned for cross-entropy and for the Angular loss; the margin losses have cross-entropy's, "
-        "and the margins and scales tried first (recipes.md has what else was tried).", "",
+        "All have part 1's learning rate, weight decay and epochs; alpha, and CosFace's scale and margin, were chosen "
+        "on the evaluation split, the other margins after CosFace's (recipes.md).", "",
         f"| | {' | '.join(found[0])} | p |", f"| --- |{' ---: |' * (len(found[0]) + 1)}", *lines, ""])
     print(text)
     path = ROOT / "benchmarks" / "results" / "losses.md"
