@@ -142,7 +142,7 @@ def main(argv=None):
 
     head = common.ClassMeans(len(data.classes), EMBEDDING)
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
-    torch.nn.init.eye_(model.backbone.fc.weight)  # the embedding starts as the backbone's output
+    torch.nn.init.eye_(model.backbone.fc.requires_grad_(False).weight)  # no layer: the backbone's output
     criterion = (AngularLoss(args.alpha_deg, args.npair_weight, args.scale) if args.loss == "angular" else
                  MarginLoss(args.loss, len(data.classes), args.margin, args.scale)).to(device)
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
