@@ -1,7 +1,7 @@
 """Part 4: does the Angular loss do better than cross-entropy?
 
-Part 1's training with the Angular loss (Wang et al., ICCV 2017) on an embedding of 512 numbers; a class is the mean of
-its training embeddings, an image belongs to the one of highest cosine. Then all that parts 1 and 2 measure.
+Part 1's training with the Angular loss (Wang et al., ICCV 2017) on the backbone's output; a class is the mean of its
+training images' outputs, an image belongs to the one of highest cosine. Then all that parts 1 and 2 measure.
 
     python part4_angular.py                (on part 3's training data: --augment; another loss: --loss arcface)
 
@@ -13,7 +13,7 @@ import math
 import arguments
 
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
-EMBEDDING = 512  # numbers
+EMBEDDING = 512  # numbers: the backbone's output
 
 
 def parse_args(argv=None):
@@ -142,7 +142,7 @@ def main(argv=None):
 
     head = common.ClassMeans(len(data.classes), EMBEDDING)
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
-    torch.nn.init.eye_(model.backbone.fc.requires_grad_(False).weight)  # no layer: the backbone's output
+    torch.nn.init.eye_(model.backbone.fc.requires_grad_(False).weight)  # no layer of its own
     criterion = (AngularLoss(args.alpha_deg, args.npair_weight, args.scale) if args.loss == "angular" else
                  MarginLoss(args.loss, len(data.classes), args.margin, args.scale)).to(device)
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
