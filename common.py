@@ -741,9 +741,9 @@ def wilson_interval(correct, n, z=1.959964):
     if not 0 <= correct <= n or n <= 0:
         raise ValueError(f"{correct} of {n} is not a proportion: expected 0 <= correct <= n and n > 0")
     share, z2 = correct / n, z * z / n
-    centre = (share + z2 / 2) / (1 + z2)
+    center = (share + z2 / 2) / (1 + z2)
     half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n)) / (1 + z2)
-    return (centre - half if correct > 0 else 0.0), (centre + half if correct < n else 1.0)  # exact at the ends
+    return (center - half if correct > 0 else 0.0), (center + half if correct < n else 1.0)  # exact at the ends
 
 
 def mcnemar(correct_a, correct_b):

@@ -91,7 +91,7 @@ def mean_over_pairs(log_negatives, attraction, pairs):
 
 
 class MarginLoss(torch.nn.Module):
-    """Cross-entropy (label smoothing as in part 1) of scaled cosines to learned class centres, with a margin.
+    """Cross-entropy (label smoothing as in part 1) of scaled cosines to learned class centers, with a margin.
 
     arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu et al. 2017, in the
     characteristic form of SphereFace-R): cos(min(m θ, π)).
@@ -101,10 +101,10 @@ class MarginLoss(torch.nn.Module):
         super().__init__()
         self.kind, self.scale = kind, scale
         self.margin = {"arcface": 0.05, "cosface": 0.05, "sphereface": 1.05}[kind] if margin is None else margin
-        self.centres = torch.nn.Parameter(torch.randn(classes, EMBEDDING))
+        self.centers = torch.nn.Parameter(torch.randn(classes, EMBEDDING))
 
     def forward(self, embeddings, labels):
-        cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centres, dim=1).T  # (B,C)
+        cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centers, dim=1).T  # (B,C)
         own = cosines.gather(1, labels[:, None])
         angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()  # the gradient of acos is infinite at both ends
         harder = {"arcface": (angle + self.margin).clamp(max=math.pi).cos(), "cosface": own - self.margin,

@@ -246,7 +246,7 @@ def vertical_flip(images, level, generator):
 
 @perturbation("geometry")
 def rotation(images, level, generator):
-    """Turns about the centre; degrees."""
+    """Turns about the center; degrees."""
     angle = torch.deg2rad(signed(images, generator, (5, 10, 15, 22.5, 30)[level])).flatten()
     zero = torch.zeros_like(angle)
     rows = angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero
@@ -263,7 +263,7 @@ def translation(images, level, generator):
 
 @perturbation("geometry")
 def scale(images, level, generator):
-    """Zooms in or out about the centre: factor 1 ± s."""
+    """Zooms in or out about the center: factor 1 ± s."""
     factor = 1 + signed(images, generator, (0.08, 0.16, 0.24, 0.32, 0.40)[level]).flatten()
     matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1) / factor.view(-1, 1, 1)
     return warp(images, matrices)

@@ -130,8 +130,8 @@ def test_npair_by_hand():
 def test_margins_by_hand(kind, margin, theta):
     criterion = MarginLoss(kind, classes=2, margin=margin, scale=10.0)
     with torch.no_grad():
-        criterion.centres.zero_()[:, :2] = torch.eye(2)
-    embedding = torch.zeros(1, criterion.centres.shape[1])
+        criterion.centers.zero_()[:, :2] = torch.eye(2)
+    embedding = torch.zeros(1, criterion.centers.shape[1])
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
     m = margin or {"arcface": 0.05, "cosface": 0.05, "sphereface": 1.05}[kind]
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,

@@ -46,9 +46,9 @@ def test_calibration_error_by_hand():
 
 def test_knn_against_sklearn():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(5, 8, generator=generator) * 0.7
+    centers = torch.randn(5, 8, generator=generator) * 0.7
     labels = torch.arange(5).repeat(80)
-    points = centres[labels] + torch.randn(400, 8, generator=generator)
+    points = centers[labels] + torch.randn(400, 8, generator=generator)
     reference = KNeighborsClassifier(7, metric="cosine").fit(points[:300].numpy(), labels[:300].numpy())
     votes = reference.predict_proba(points[300:].numpy())
     clear = np.sort(votes)[:, -1] > np.sort(votes)[:, -2]  # no tie
@@ -87,9 +87,9 @@ def test_linear_probe_against_sklearn():
     from sklearn.linear_model import LogisticRegression
 
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(5, 12, generator=generator) * 0.8
+    centers = torch.randn(5, 12, generator=generator) * 0.8
     labels = torch.arange(5).repeat(120)
-    features = centres[labels] + torch.randn(600, 12, generator=generator)
+    features = centers[labels] + torch.randn(600, 12, generator=generator)
     train, test = (features[:300], labels[:300]), (features[300:], labels[300:])
     mean, std = train[0].mean(0), train[0].std(0)
     theirs = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000)  # the same penalty, in sklearn's terms
