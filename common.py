@@ -363,31 +363,25 @@ class Model(nn.Module):
 
 
 class ClassMeans(nn.Module):
-    """Logits as scale × cosine to the L2-normalized class means (C,D) of embeddings from which their center (D,) is
-    subtracted; center, means and scale are set after training."""
+    """Logits as scale × cosine to L2-normalized class means, which are set after training (`means` (C,D))."""
 
     def __init__(self, classes, dim):
         super().__init__()
-        self.register_buffer("center", torch.zeros(dim))
         self.register_buffer("means", torch.zeros(classes, dim))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
     def fit(self, embeddings, labels):
-        """Sets the center (every class counts alike, as in balanced batches), the means, and the scale in 1, 2 … 64 of
-        the least label-smoothed cross-entropy (part 1's loss) on these embeddings: finite even where all of them are
-        classified right, so that gradients survive."""
-        shares = F.normalize(F.one_hot(labels, len(self.means)).to(embeddings), p=1, dim=0)  # (N,C)
-        self.center.copy_((shares.T @ embeddings).mean(0))
-        centered = embeddings - self.center
-        self.means.copy_(class_means(centered, labels, len(self.means)))
-        cosines, scales = F.normalize(centered, dim=1) @ self.means.T, torch.arange(1.0, 65.0, device=labels.device)
+        """Sets the means, and the scale in 1, 2 … 64 of the least label-smoothed cross-entropy (part 1's loss) on these
+        embeddings: finite even where all of them are classified right, so that gradients survive."""
+        self.means.copy_(class_means(embeddings, labels, len(self.means)))
+        cosines, scales = F.normalize(embeddings, dim=1) @ self.means.T, torch.arange(1.0, 65.0, device=labels.device)
         losses = torch.stack([F.cross_entropy(s * cosines, labels, label_smoothing=0.1) for s in scales])
         self.scale.copy_(scales[losses.argmin()])
 
     def forward(self, embeddings):
         with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would tie close classes
-            return self.scale * F.normalize(embeddings.float() - self.center, dim=1) @ self.means.T
+            return self.scale * F.normalize(embeddings.float(), dim=1) @ self.means.T
 
 
 def class_means(embeddings, labels, classes):

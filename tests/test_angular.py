@@ -117,10 +117,7 @@ def test_range_of_alpha():
 def test_npair_by_hand():
     embeddings, labels = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), torch.tensor([0, 0, 1])
     assert npair_loss(embeddings, labels).item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
-    assert npair_loss(embeddings, labels, 8).item() == pytest.approx(math.log1p(math.exp(-8)), rel=1e-5)
-    assert npair_loss(torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0]]), labels, 100).item() == pytest.approx(
-        (100 + math.log1p(math.exp(-100)) + math.log(2)) / 2, rel=1e-6)  # the pair's f: 100 - 0 and 0 - 0
-    both = AngularLoss(45, 2.0, 1.0)(embeddings, labels).item()
+    both = AngularLoss(45, 2.0)(embeddings, labels).item()
     assert both == pytest.approx(math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(-1)), rel=1e-6)
 
 
@@ -133,7 +130,7 @@ def test_margins_by_hand(kind, margin, theta):
         criterion.centers.zero_()[:, :2] = torch.eye(2)
     embedding = torch.zeros(1, criterion.centers.shape[1])
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
-    m = margin or {"arcface": 0.05, "cosface": 0.05, "sphereface": 1.05}[kind]
+    m = margin or {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.5}[kind]
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,
            "sphereface": math.cos(min(m * theta, math.pi))}
     gap = 10 * (own[kind] - math.sin(theta))
@@ -150,8 +147,7 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(photos):
     labels = torch.arange(40) % 4
     fit_head(model, photos, labels, common.Amp("off", torch.device("cpu")))
     with common.eval_mode(model), torch.no_grad():
-        outputs = model.outputs(common.to_float(photos))
-        embeddings = F.normalize(outputs - outputs.mean(0), dim=1)
+        embeddings = F.normalize(model.outputs(common.to_float(photos)), dim=1)
         logits = model(common.to_float(photos))
     means = torch.stack([F.normalize(embeddings[labels == c].mean(0), dim=0) for c in range(4)])
     assert torch.allclose(logits, model.head.scale * embeddings @ means.T, atol=1e-4)
@@ -161,24 +157,16 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(photos):
 def test_scale_is_the_best_on_the_embeddings_it_was_fitted_to():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 4
-    raw = torch.randn(4, 16, generator=generator)[labels] + torch.randn(400, 16, generator=generator)
-    embeddings = F.normalize(raw - raw.mean(0), dim=1)
+    embeddings = F.normalize(torch.randn(4, 16, generator=generator)[labels]
+                             + torch.randn(400, 16, generator=generator), dim=1)
     head = common.ClassMeans(4, 16)
-    head.fit(5 * raw + 3, labels)
+    head.fit(5 * embeddings, labels)
 
     def loss(scale):
         return F.cross_entropy(scale * embeddings @ head.means.T, labels, label_smoothing=0.1)
 
     assert 1 < head.scale < 64
     assert loss(head.scale) < min(loss(head.scale - 1), loss(head.scale + 1))
-    exact = head(5 * raw + 3)
-    assert torch.allclose(exact, head.scale * embeddings @ head.means.T, atol=1e-4)
+    exact = head(embeddings)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(head(5 * raw + 3), exact)
-
-
-def test_every_class_weighs_the_same_in_the_center():
-    embeddings, labels = torch.tensor([[0.0, 0], [2, 0], [1, 3], [1, 3], [1, 3]]), torch.tensor([0, 0, 1, 1, 1])
-    head = common.ClassMeans(2, 2)
-    head.fit(embeddings, labels)
-    assert torch.allclose(head.center, torch.tensor([1, 1.5]))
+        assert torch.equal(head(embeddings), exact)
