@@ -6,7 +6,7 @@ import shlex
 import sys
 
 DATASETS = ("cifar10", "folder", "digits")
-DATA_ARGUMENTS = ("dataset", "data_dir", "train_fraction", "split_seed", "seed", "quick")
+FROM_CHECKPOINT = ("dataset", "data_dir", "train_fraction", "split_seed", "seed", "quick", "amp")
 QUICK_EPOCHS = 2
 
 
@@ -75,7 +75,8 @@ def add_training(parser, epochs, lr, weight_decay):
     add("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training images")
     add("--lr", type=number(float, 0, 100, low_open=True), default=lr, help="peak learning rate of the one-cycle")
     add("--weight-decay", type=number(float, 0, 10), default=weight_decay, help="L2 penalty of SGD, on all weights")
-    add("--compile", action="store_true", help="torch.compile the network: a minute once, then faster steps")
+    add("--compile", action="store_true", help="torch.compile the network: a minute once, then steps that "
+        "may be faster (hardly on a CPU)")
 
 
 def add_no_part2(parser):
@@ -85,20 +86,20 @@ def add_no_part2(parser):
 
 
 def from_checkpoint(parser):
-    """Lets a part that tests a checkpoint take the arguments of DATA_ARGUMENTS from it, where they are not given."""
+    """Lets a part that tests a checkpoint take the arguments of FROM_CHECKPOINT from it, where they are not given."""
     for action in parser._actions:
-        if action.dest in DATA_ARGUMENTS:
+        if action.dest in FROM_CHECKPOINT:
             action.default = argparse.SUPPRESS
             action.help += " (default: as the checkpoint was trained)"
 
 
 def check_data_arguments(values):
-    """Raises ValueError or KeyError unless `values`, from a file, holds DATA_ARGUMENTS as the command line allows."""
+    """Raises ValueError or KeyError unless `values`, from a file, holds FROM_CHECKPOINT as the command line allows."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_shared(parser)
     if type(values["quick"]) is not bool:
         raise ValueError("quick is not true or false")
-    for name in set(DATA_ARGUMENTS) - {"quick"}:
+    for name in set(FROM_CHECKPOINT) - {"quick"}:
         try:
             parsed = parser.parse_args([f"--{name.replace('_', '-')}={values[name]}"])
         except argparse.ArgumentError as error:

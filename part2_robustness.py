@@ -56,7 +56,7 @@ def main(argv=None):
     model, meta = common.load_checkpoint(args.checkpoint, device)
     part1 = common.part1_beside(args.results_dir, meta, device)
     published = common.cifar10c(args.cifar10c, meta["classes"], device) if args.cifar10c else ()
-    for name in arguments.DATA_ARGUMENTS:
+    for name in arguments.FROM_CHECKPOINT:
         setattr(args, name, getattr(args, name, meta["args"][name]))
     if args.quick:
         args.attack_images, args.audit_images = min(50, args.attack_images), min(10, args.audit_images)

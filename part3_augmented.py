@@ -54,7 +54,7 @@ def augment(images, generator, step):
     random; for each of the seen families about a tenth of them (6 of 64) gets a perturbation of it, with the step's
     turn of its members and severities."""
     images = crop_and_flip(images, generator)
-    groups = list(images.chunk(4 * len(common.SEEN_FAMILIES)))
+    groups = list(images.chunk(12))
     for i, family in enumerate(common.SEEN_FAMILIES[: len(groups)]):
         names = [name for name in common.PERTURBATIONS if common.FAMILY[name] == family]
         turn, member = divmod(step, len(names))
