@@ -24,12 +24,11 @@ def parse_args(argv=None):
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=40.0,
         help=f"Angular loss: the angle alpha, degrees, 0 to {MAX_ALPHA_DEG} (the paper: 36 to 55)")
-    add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0,
-        help="Angular loss: weight of the N-pair loss on unit vectors that is added")
+    add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0, help="Angular loss: N-pair loss's weight")
     add("--margin", type=arguments.number(float, 0, 4), default=None,
-        help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.2, 0.2, 1.5)")
+        help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.2, 0.2, 1.1)")
     add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
-        help="arcface, cosface, sphereface: scale of the cosines")
+        help="arcface, cosface: scale of the cosines (sphereface's is the embedding's length)")
     add("--augment", action="store_true", help="train on part 3's perturbed images")
     arguments.add_no_part2(parser)
     args = arguments.parse(parser, argv)
@@ -86,23 +85,22 @@ def similarities(embeddings, labels):
 
 
 def mean_over_pairs(negatives, attraction, pairs):
-    """The mean of log(1 + negatives · exp(-attraction)) over the pairs, all (B,B); 0 where there is none."""
-    tiny = torch.finfo(torch.float32).tiny  # keeps the logarithm finite where a pair has no negative
-    exponent = torch.where(pairs, negatives, 1).clamp(min=tiny).log() - attraction
+    """The mean of log(1 + negatives · exp(-attraction)) over the pairs, all (B,B); 0 without a pair or a negative."""
+    exponent = torch.where(pairs, negatives, 1).clamp(min=torch.finfo(torch.float32).tiny).log() - attraction
     return (F.softplus(exponent) * pairs).sum() / pairs.sum().clamp(min=1)
 
 
 class MarginLoss(torch.nn.Module):
     """Cross-entropy (label smoothing as in part 1) of scaled cosines to learned class centers, with a margin.
 
-    arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu et al. 2017, in the
-    characteristic form of SphereFace-R): cos(min(m θ, π)).
+    arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu et al. 2017, with
+    SphereFace-R's characteristic function): cos(min(m θ, π)), and the embedding's own length as the scale.
     """
 
     def __init__(self, kind, classes, margin, scale):
         super().__init__()
         self.kind, self.scale = kind, scale
-        self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.5}[kind] if margin is None else margin
+        self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind] if margin is None else margin
         self.centers = torch.nn.Parameter(torch.randn(classes, EMBEDDING))
 
     def forward(self, embeddings, labels):
@@ -111,7 +109,8 @@ class MarginLoss(torch.nn.Module):
         angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()  # the gradient of acos is infinite at both ends
         harder = {"arcface": (angle + self.margin).clamp(max=math.pi).cos(), "cosface": own - self.margin,
                   "sphereface": (angle * self.margin).clamp(max=math.pi).cos()}[self.kind]
-        return F.cross_entropy(self.scale * cosines.scatter(1, labels[:, None], harder), labels, label_smoothing=0.1)
+        scale = embeddings.float().norm(dim=1, keepdim=True) if self.kind == "sphereface" else self.scale
+        return F.cross_entropy(scale * cosines.scatter(1, labels[:, None], harder), labels, label_smoothing=0.1)
 
 
 class AngularLoss(torch.nn.Module):
@@ -122,7 +121,8 @@ class AngularLoss(torch.nn.Module):
         self.alpha_deg, self.npair_weight = alpha_deg, npair_weight
 
     def forward(self, embeddings, labels):
-        return angular_loss(embeddings, labels, self.alpha_deg) + self.npair_weight * npair_loss(embeddings, labels)
+        npair = npair_loss(embeddings, labels) if self.npair_weight else 0
+        return angular_loss(embeddings, labels, self.alpha_deg) + self.npair_weight * npair
 
 
 @torch.no_grad()

@@ -86,7 +86,8 @@ def settings(folder, part):
     elif args["loss"] == "angular":
         words.append(f"alpha {args['alpha_deg']:g}°")
     else:
-        words.append(f"scale {args['scale']:g}, label smoothing 0.1")
+        words.append("scale " + ("its length" if args["loss"] == "sphereface" else f"{args['scale']:g}")
+                     + ", label smoothing 0.1")
     return ", ".join(words)
 
 

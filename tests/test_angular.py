@@ -130,10 +130,10 @@ def test_margins_by_hand(kind, margin, theta):
         criterion.centers.zero_()[:, :2] = torch.eye(2)
     embedding = torch.zeros(1, criterion.centers.shape[1])
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
-    m = margin or {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.5}[kind]
+    m = margin or {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind]
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,
            "sphereface": math.cos(min(m * theta, math.pi))}
-    gap = 10 * (own[kind] - math.sin(theta))
+    gap = (3 if kind == "sphereface" else 10) * (own[kind] - math.sin(theta))
     expected = math.log1p(math.exp(-gap)) + 0.05 * gap  # a tenth of the label is spread over both classes
     value = criterion(embedding.requires_grad_(True), torch.tensor([0]))
     tolerance = 1e-5 if 0 < theta < math.pi else 1e-3  # the cosines are clamped to 1 - 1e-6
