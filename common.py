@@ -302,16 +302,27 @@ def balanced_batches(images, labels, batch_size, generator):
     """Like `batches`, with the same number of every class in random order, as losses on pairs need it."""
     order = torch.randperm(len(images), generator=generator, device=images.device)
     members = [order[labels[order] == c] for c in labels.unique()]
-    each = max(2, min(batch_size, len(images)) // len(members))  # of a small class, images come again
-    for i in range(steps_per_epoch(len(images), batch_size)):
+    each = images_of_each(len(members), len(images), batch_size)  # of a small class, images come again
+    for i in range(balanced_steps(labels, batch_size)):
         turn = torch.arange(i * each, (i + 1) * each, device=images.device)
         batch = torch.cat([m[turn % len(m)] for m in members])
         batch = batch[torch.randperm(len(batch), generator=generator, device=images.device)]  # `augment` counts on it
         yield images[batch], labels[batch]
 
 
+def images_of_each(classes, n, batch_size):
+    """How many images of each class a balanced batch holds: two or more, together at most `batch_size` and n."""
+    return max(2, min(batch_size, n) // classes)
+
+
 def steps_per_epoch(n, batch_size):
     return max(1, n // batch_size)
+
+
+def balanced_steps(labels, batch_size):
+    """Steps in an epoch of `balanced_batches`, whose batches may be smaller or larger than `batch_size`."""
+    classes = len(labels.unique())
+    return steps_per_epoch(len(labels), classes * images_of_each(classes, len(labels), batch_size))
 
 
 def perturbation_names(names):

@@ -145,7 +145,7 @@ def main(argv=None):
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
     criterion = (AngularLoss(args.alpha_deg, args.npair_weight) if args.loss == "angular" else
                  MarginLoss(args.loss, len(data.classes), args.margin, args.scale)).to(device)
-    steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
+    steps = common.balanced_steps(split.train_labels, args.batch_size)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,

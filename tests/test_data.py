@@ -48,13 +48,25 @@ def test_balanced_batches_hold_every_class_equally_often():
     images, labels = torch.arange(60).view(60, 1, 1, 1), torch.arange(3).repeat(20)
     generator = torch.Generator().manual_seed(0)
     batches = list(common.balanced_batches(images, labels, 12, generator))
-    assert len(batches) == common.steps_per_epoch(60, 12) == 5
+    assert len(batches) == common.balanced_steps(labels, 12) == 5
     for x, y in batches:
         assert y.bincount().tolist() == [4, 4, 4]
         assert torch.equal(x.flatten() % 3, y)
     places = torch.stack([y for _ in range(20) for _, y in common.balanced_batches(images, labels, 12, generator)])
     assert all(len(place.unique()) == 3 for place in places.T)  # what is done by place is done to every class
     assert len({int(i) for x, _ in batches for i in x.flatten()}) == 60  # the whole epoch, nothing twice
+
+
+@pytest.mark.parametrize(("classes", "each", "batch_size", "size"), [
+    (10, 100, 64, 60), (3, 20, 16, 15), (30, 10, 8, 60), (4, 3, 1000, 12)])
+def test_balanced_batches_go_once_through_the_images_whatever_their_size(classes, each, batch_size, size):
+    labels = torch.arange(classes).repeat(each)
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1)
+    batches = list(common.balanced_batches(images, labels, batch_size, torch.Generator().manual_seed(0)))
+    assert {len(y) for _, y in batches} == {size}
+    assert len(batches) == common.balanced_steps(labels, batch_size)
+    seen = torch.cat([x.flatten() for x, _ in batches]).tolist()
+    assert len(set(seen)) == len(seen) > len(labels) - size
 
 
 def write_tree(folder, classes=("ant", "bee"), n=3, size=(20, 24), mode="RGB"):
