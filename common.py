@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 
 from arguments import RunError, UsageError, check_data_arguments
 from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb, to_uint8  # noqa: F401
@@ -402,19 +403,27 @@ def class_means(embeddings, labels, classes):
 
 
 class Average:
-    """An exponential moving average of a model's weights and batch statistics over about 4 % of the training's steps.
+    """An exponential moving average of a model's weights over about a fifth of the training's steps.
 
-    (torch's AveragedModel does the same, with a device sync in every step.)
+    As in stochastic weight averaging (Izmailov et al. 2018) its batch statistics are its own: measured on the training
+    images (uint8, (N,3,H,W)). (torch's AveragedModel does the same, with a device sync in every step.)
     """
 
-    def __init__(self, model, total_steps):
-        self.module = copy.deepcopy(model)
-        self.share = 1 / max(2, 0.04 * total_steps)  # of the newest weights
+    def __init__(self, model, total_steps, images, amp):
+        self.module, self.images, self.amp = copy.deepcopy(model), images, amp
+        self.share = 1 / max(2, 0.2 * total_steps)  # of the newest weights
 
     @torch.no_grad()
     def update(self, model):
-        ours, theirs = ([t for t in m.state_dict().values() if t.is_floating_point()] for m in (self.module, model))
-        torch._foreach_lerp_(ours, theirs, self.share)
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], self.share)
+
+    def measured(self, n=None):
+        """The averaged model, its batch statistics measured on n training images, evenly spread (None: on all)."""
+        images = self.images[spread(len(self.images), n or len(self.images)).to(self.images.device)]
+        turns = max(1, len(images) // 64)  # in strides, so that every batch holds every class
+        with self.amp.autocast():
+            update_bn((to_float(images[turn::turns]) for turn in range(turns)), self.module)
+        return self.module
 
     def state_dict(self):
         return self.module.state_dict()

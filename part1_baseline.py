@@ -49,7 +49,7 @@ def main(argv=None):
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
-    average = common.Average(model, args.epochs * steps)  # what is tested: steadier than the last weights
+    average = common.Average(model, args.epochs * steps, split.train_images, amp)  # what is tested
     if args.compile:
         common.compile_backbone(model, device)
 
@@ -68,11 +68,11 @@ def main(argv=None):
             scheduler.step()
             average.update(model)
             epoch.add(loss, logits, labels)
-        history.append(epoch.finish(common.watch(average.module, split, amp), scheduler))
+        history.append(epoch.finish(common.watch(average.measured(1000), split, amp), scheduler))
         report.write_history(paths, history, run)
         common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
 
-    model = average.module
+    model = average.measured()
     passes = common.predict_splits(model, split, data, amp)  # {"train", "evaluation", "test"}: (Prediction, labels)
     rows = report.clean_rows(run, paths(".pt"), passes)
     report.retire(paths, model)  # part 2's results of a former checkpoint
