@@ -403,19 +403,19 @@ def class_means(embeddings, labels, classes):
 
 
 class Average:
-    """An exponential moving average of a model's weights over about a fifth of the training's steps.
+    """The average of a model's weights in which step t weighs as t³: half of it comes from the last sixth of the steps.
 
-    As in stochastic weight averaging (Izmailov et al. 2018) its batch statistics are its own: measured on the training
-    images (uint8, (N,3,H,W)). (torch's AveragedModel does the same, with a device sync in every step.)
+    (Polynomial-decay averaging, Shamir & Zhang 2013.) As in stochastic weight averaging (Izmailov et al. 2018) its
+    batch statistics are its own: they are measured on the training images, uint8 (N,3,H,W).
     """
 
-    def __init__(self, model, total_steps, images, amp):
-        self.module, self.images, self.amp = copy.deepcopy(model), images, amp
-        self.share = 1 / max(2, 0.2 * total_steps)  # of the newest weights
+    def __init__(self, model, images, amp):
+        self.module, self.images, self.amp, self.steps = copy.deepcopy(model), images, amp, 0
 
     @torch.no_grad()
     def update(self, model):
-        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], self.share)
+        self.steps += 1
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 4 / (self.steps + 3))
 
     def measured(self, n=None):
         """The averaged model, its batch statistics measured on n training images, evenly spread (None: on all)."""
@@ -426,10 +426,11 @@ class Average:
         return self.module
 
     def state_dict(self):
-        return self.module.state_dict()
+        return {"module": self.module.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state):
-        self.module.load_state_dict(state)
+        self.module.load_state_dict(state["module"])
+        self.steps = state["steps"]
 
 
 def compile_backbone(model, device):

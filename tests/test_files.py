@@ -60,6 +60,45 @@ def test_folding_changes_nothing_but_speed(small_model, photos, classes):
         assert torch.allclose(quick(photos / 255), model.eval()(photos / 255), rtol=1e-3, atol=1e-4)
 
 
+def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(photos):
+    model = common.Model(2)
+    average = common.Average(model, photos, common.Amp("off", CPU))
+    steps = []
+    for _ in range(5):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+        steps.append([weight.detach().clone() for weight in model.parameters()])
+        average.update(model)
+    share = [k * (k + 1) * (k + 2) for k in range(1, 6)]  # nearly the cube; the weights before step 1 have none
+    for *trained, ours in zip(*steps, average.module.parameters(), strict=True):
+        expected = sum(s * weight.double() for s, weight in zip(share, trained, strict=True)) / sum(share)
+        assert torch.allclose(ours.double(), expected, atol=1e-6)
+    averaged = average.measured()
+    with torch.no_grad():
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (common.MEAN, common.STD))
+        seen = averaged.backbone.conv1((photos / 255 - mean) / std).double().transpose(0, 1).flatten(1)  # (64, pixels)
+    assert torch.allclose(averaged.backbone.bn1.running_mean.double(), seen.mean(1), atol=1e-5)
+    assert torch.allclose(averaged.backbone.bn1.running_var.double(), seen.var(1), rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), average.module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(None, [67, 67, 66]), (100, [100]), (1000, [67, 67, 66])])
+def test_the_average_measures_batch_statistics_on_batches_of_all_classes(n, sizes):
+    images = (torch.arange(200) // 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)  # in the order of classes
+    average = common.Average(common.Model(2), images, common.Amp("off", CPU))
+    seen = []
+    average.module.register_forward_pre_hook(lambda module, batch: seen.append((batch[0] * 255)[:, 0, 0, 0].round()))
+    average.measured(n)
+    assert [len(batch) for batch in seen] == sizes
+    for batch in seen:
+        assert torch.bincount(batch.long()).tolist() == pytest.approx([len(batch) / 10] * 10, abs=1)
+    first = {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
+    average.measured(50)
+    again = average.measured(n).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())  # nothing of before stays
+
+
 class Bomb:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code in the checkpoint was run')",))

@@ -158,6 +158,15 @@ def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, 
         assert all(first[key] == value for key, value in again.items())
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_part2_computes_in_the_precision_of_the_training(results, tmp_path, amp):
+    model, meta = common.load_checkpoint(results / "part1.pt", "cpu")
+    common.save_checkpoint(tmp_path / "part1.pt", model, meta | {"args": meta["args"] | {"amp": amp}})
+    out, _ = run("part2_robustness", "--checkpoint", tmp_path / "part1.pt", "--results-dir", tmp_path, "--no-umap",
+                 "--perturbations", "flip", "--eps-255", 0)
+    assert f"mixed precision {amp}" in out
+
+
 def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
     random = np.random.RandomState(0)
     for split in ("train", "test"):
