@@ -375,7 +375,7 @@ class Model(nn.Module):
 
 
 class ClassMeans(nn.Module):
-    """Logits as scale × cosine to L2-normalized class means, which are set after training (`means` (C,D))."""
+    """Logits as scale × cosine to class means (`means` (C,D)), which are set after training or learned as centers."""
 
     def __init__(self, classes, dim):
         super().__init__()
@@ -384,16 +384,18 @@ class ClassMeans(nn.Module):
 
     @torch.no_grad()
     def fit(self, embeddings, labels):
-        """Sets the means, and the scale in 1, 2 … 64 of the least label-smoothed cross-entropy (part 1's loss) on these
-        embeddings: finite even where all of them are classified right, so that gradients survive."""
-        self.means.copy_(class_means(embeddings, labels, len(self.means)))
-        cosines, scales = F.normalize(embeddings, dim=1) @ self.means.T, torch.arange(1.0, 65.0, device=labels.device)
+        """Sets the means, unless they are learned, and the scale in 1, 2 … 64 of the least label-smoothed cross-entropy
+        (part 1's loss) on these embeddings: finite even where all are classified right, so that gradients survive."""
+        if not isinstance(self.means, nn.Parameter):
+            self.means.copy_(class_means(embeddings, labels, len(self.means)))
+        self.scale.fill_(1)
+        cosines, scales = self(embeddings), torch.arange(1.0, 65.0, device=labels.device)
         losses = torch.stack([F.cross_entropy(s * cosines, labels, label_smoothing=0.1) for s in scales])
         self.scale.copy_(scales[losses.argmin()])
 
     def forward(self, embeddings):
         with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would tie close classes
-            return self.scale * F.normalize(embeddings.float(), dim=1) @ self.means.T
+            return self.scale * F.normalize(embeddings.float(), dim=1) @ F.normalize(self.means, dim=1).T
 
 
 def class_means(embeddings, labels, classes):

@@ -91,17 +91,17 @@ def mean_over_pairs(negatives, attraction, pairs):
 
 
 class MarginLoss(torch.nn.Module):
-    """Cross-entropy (label smoothing as in part 1) of scaled cosines to learned class centers, with a margin.
+    """Cross-entropy (label smoothing as in part 1) of scaled cosines, with a margin, to learned centers: the head's.
 
     arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu et al. 2017, with
     SphereFace-R's characteristic function): cos(min(m θ, π)), and the embedding's own length as the scale.
     """
 
-    def __init__(self, kind, classes, margin, scale):
+    def __init__(self, kind, head, margin, scale):
         super().__init__()
         self.kind, self.scale = kind, scale
         self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind] if margin is None else margin
-        self.centers = torch.nn.Parameter(torch.randn(classes, EMBEDDING))
+        self.centers = head.means = torch.nn.Parameter(torch.randn_like(head.means))
 
     def forward(self, embeddings, labels):
         cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centers, dim=1).T  # (B,C)
@@ -127,7 +127,7 @@ class AngularLoss(torch.nn.Module):
 
 @torch.no_grad()
 def fit_head(model, images, labels, amp):
-    """Fits the class means and their scale to training images."""
+    """Fits the class means, where they are not learned, and their scale to training images."""
     model.head.fit(model.backbone.fc(common.predict(model, images, amp).features), labels)
 
 
@@ -144,9 +144,9 @@ def main(argv=None):
     head = common.ClassMeans(len(data.classes), EMBEDDING)
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
     criterion = (AngularLoss(args.alpha_deg, args.npair_weight) if args.loss == "angular" else
-                 MarginLoss(args.loss, len(data.classes), args.margin, args.scale)).to(device)
+                 MarginLoss(args.loss, model.head, args.margin, args.scale))
     steps = common.balanced_steps(split.train_labels, args.batch_size)
-    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], args.lr, momentum=0.9, nesterov=True,
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
@@ -154,8 +154,7 @@ def main(argv=None):
     if args.compile:
         common.compile_backbone(model, device)
 
-    state = {"model": model, "criterion": criterion, "average": average, "optimizer": optimizer,
-             "scheduler": scheduler, "scaler": amp.scaler}
+    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler}
     done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume
     some = common.spread(len(split.train_labels), 1000)  # enough for class means on the learning curve
     for number in range(done, args.epochs):

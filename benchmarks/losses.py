@@ -131,8 +131,8 @@ def main():
         f"{', '.join(map(str, args.seeds))}. mPC: mean over {', '.join(PERTURBED)} at severity 3. "
         "Eps in 1/255, on 2,000 test images (FGSM) and 100 of them (PGD) where there are as many. p: McNemar's exact "
         "test against cross-entropy on the clean test images, corrected after Holm, of several seeds the largest. "
-        "All but cross-entropy classify by the class means of the embeddings; the margin losses' learned centers are "
-        "not used. The Angular loss has its own learning rate, the margin losses have cross-entropy's, and the "
+        "The Angular loss classifies by the class means of the embeddings, the margin losses by the centers they "
+        "learn. The Angular loss has its own learning rate, the margin losses have cross-entropy's, and the "
         "margins and scales tried first (recipes.md has what else was tried).", "",
         f"| | {' | '.join(found[0])} | p |", f"| --- |{' ---: |' * (len(found[0]) + 1)}", *lines, ""])
     print(text)

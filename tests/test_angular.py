@@ -125,10 +125,11 @@ def test_npair_by_hand():
 @pytest.mark.parametrize(("kind", "margin"), [("arcface", None), ("arcface", 0.5), ("cosface", None), ("cosface", 0.35),
                                               ("sphereface", None), ("sphereface", 2.0)])
 def test_margins_by_hand(kind, margin, theta):
-    criterion = MarginLoss(kind, classes=2, margin=margin, scale=10.0)
+    head = common.ClassMeans(2, 16)
+    criterion = MarginLoss(kind, head, margin, scale=10.0)
     with torch.no_grad():
-        criterion.centers.zero_()[:, :2] = torch.eye(2)
-    embedding = torch.zeros(1, criterion.centers.shape[1])
+        head.means.zero_()[:, :2] = torch.eye(2)
+    embedding = torch.zeros(1, 16)
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
     m = margin or {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind]
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,
@@ -152,6 +153,28 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(photos):
     means = torch.stack([F.normalize(embeddings[labels == c].mean(0), dim=0) for c in range(4)])
     assert torch.allclose(logits, model.head.scale * embeddings @ means.T, atol=1e-4)
     assert (common.fgsm_direction(model, common.to_float(photos), labels) != 0).flatten(1).any(1).all()
+
+
+def test_a_margin_loss_trains_the_centers_that_its_head_classifies_by(photos):
+    torch.manual_seed(0)
+    model = common.Model(outputs=16, head=common.ClassMeans(4, 16))
+    criterion, labels = MarginLoss("cosface", model.head, None, 16.0), torch.arange(40) % 4
+    average = common.Average(model, photos, common.Amp("off", torch.device("cpu")))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = model.head.means.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(model.outputs(common.to_float(photos)), labels).backward()
+        optimizer.step()
+        average.update(model)
+    assert not torch.equal(model.head.means, before)
+    learned = average.module.head.means.detach().clone()
+    assert not torch.equal(learned, model.head.means)  # of both steps
+    fit_head(average.measured(), photos, labels, average.amp)
+    assert torch.equal(average.module.head.means, learned)
+    with torch.no_grad():
+        logits = average.module.head(5 * learned)  # a center lies nearest to itself
+    assert torch.allclose(logits.diag(), average.module.head.scale.expand(4), rtol=1e-5)
 
 
 def test_scale_is_the_best_on_the_embeddings_it_was_fitted_to():
