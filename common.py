@@ -405,19 +405,22 @@ def class_means(embeddings, labels, classes):
 
 
 class Average:
-    """The average of a model's weights in which step t weighs as t³: half of it comes from the last sixth of the steps.
+    """The average of a model's weights in which step t weighs as t to the `power`: 3 gives half of the weight to the
+    last sixth of the steps, 24 to the last 3 %.
 
     (Polynomial-decay averaging, Shamir & Zhang 2013.) As in stochastic weight averaging (Izmailov et al. 2018) its
     batch statistics are its own: they are measured on the training images, uint8 (N,3,H,W).
     """
 
-    def __init__(self, model, images, amp):
-        self.module, self.images, self.amp, self.steps = copy.deepcopy(model), images, amp, 0
+    def __init__(self, model, images, amp, power):
+        self.module, self.images, self.amp, self.power = copy.deepcopy(model), images, amp, power
+        self.steps = 0
 
     @torch.no_grad()
     def update(self, model):
         self.steps += 1
-        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()], 4 / (self.steps + 3))
+        torch._foreach_lerp_([*self.module.parameters()], [*model.parameters()],
+                             (self.power + 1) / (self.steps + self.power))
 
     def measured(self, n=None):
         """The averaged model, its batch statistics measured on n training images, evenly spread (None: on all)."""

@@ -71,7 +71,7 @@ def main():
 
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)
-    average = common.Average(fast_net, images, amp)
+    average = common.Average(fast_net, images, amp, power=3)
     on_device, y_device = images.to(device), labels.to(device)
     step_number = itertools.count()
 

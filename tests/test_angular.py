@@ -159,7 +159,7 @@ def test_a_margin_loss_trains_the_centers_that_its_head_classifies_by(photos):
     torch.manual_seed(0)
     model = common.Model(outputs=16, head=common.ClassMeans(4, 16))
     criterion, labels = MarginLoss("cosface", model.head, None, 16.0), torch.arange(40) % 4
-    average = common.Average(model, photos, common.Amp("off", torch.device("cpu")))
+    average = common.Average(model, photos, common.Amp("off", torch.device("cpu")), power=3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = model.head.means.detach().clone()
     for _ in range(2):

@@ -1,5 +1,6 @@
 """Checkpoints and files: what is written is complete, what is read is checked."""
 
+import math
 import pickle
 
 import pytest
@@ -60,9 +61,10 @@ def test_folding_changes_nothing_but_speed(small_model, photos, classes):
         assert torch.allclose(quick(photos / 255), model.eval()(photos / 255), rtol=1e-3, atol=1e-4)
 
 
-def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(photos):
+@pytest.mark.parametrize("power", [3, 24])
+def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(photos, power):
     model = common.Model(2)
-    average = common.Average(model, photos, common.Amp("off", CPU))
+    average = common.Average(model, photos, common.Amp("off", CPU), power)
     steps = []
     for _ in range(5):
         with torch.no_grad():
@@ -70,7 +72,7 @@ def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(phot
                 weight.add_(torch.randn_like(weight), alpha=0.1)
         steps.append([weight.detach().clone() for weight in model.parameters()])
         average.update(model)
-    share = [k * (k + 1) * (k + 2) for k in range(1, 6)]  # nearly the cube; the weights before step 1 have none
+    share = [float(math.prod(range(k, k + power))) for k in range(1, 6)]  # nearly k to the power
     for *trained, ours in zip(*steps, average.module.parameters(), strict=True):
         expected = sum(s * weight.double() for s, weight in zip(share, trained, strict=True)) / sum(share)
         assert torch.allclose(ours.double(), expected, atol=1e-6)
@@ -86,7 +88,7 @@ def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(phot
 @pytest.mark.parametrize(("n", "sizes"), [(None, [67, 67, 66]), (100, [100]), (1000, [67, 67, 66])])
 def test_the_average_measures_batch_statistics_on_batches_of_all_classes(n, sizes):
     images = (torch.arange(200) // 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)  # in the order of classes
-    average = common.Average(common.Model(2), images, common.Amp("off", CPU))
+    average = common.Average(common.Model(2), images, common.Amp("off", CPU), power=3)
     seen = []
     average.module.register_forward_pre_hook(lambda module, batch: seen.append((batch[0] * 255)[:, 0, 0, 0].round()))
     average.measured(n)
