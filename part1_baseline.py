@@ -48,7 +48,7 @@ def main(argv=None):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
-                                                    cycle_momentum=False, div_factor=10, final_div_factor=100)
+                                                    cycle_momentum=False, div_factor=10, final_div_factor=1)
     average = common.Average(model, split.train_images, amp, power=3)  # what is tested; step t weighs as t³
     if args.compile:
         common.compile_backbone(model, device)

@@ -148,9 +148,10 @@ def main(argv=None):
     steps = common.balanced_steps(split.train_labels, args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
+    power, end = (24, 100) if args.augment else (3, 1)  # as in part 3, as in part 1
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
-                                                    cycle_momentum=False, div_factor=10, final_div_factor=100)
-    average = common.Average(model, split.train_images, amp, power=24 if args.augment else 3)  # what is tested
+                                                    cycle_momentum=False, div_factor=10, final_div_factor=end)
+    average = common.Average(model, split.train_images, amp, power)  # what is tested
     if args.compile:
         common.compile_backbone(model, device)
 
