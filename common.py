@@ -409,7 +409,8 @@ class Average:
     last sixth of the steps, 24 to the last 3 %.
 
     (Polynomial-decay averaging, Shamir & Zhang 2013.) As in stochastic weight averaging (Izmailov et al. 2018) its
-    batch statistics are its own: they are measured on the training images, uint8 (N,3,H,W).
+    batch statistics are its own: they are measured on the training images, uint8 (N,3,H,W). torch's AveragedModel
+    would make the host wait for the device in every step.
     """
 
     def __init__(self, model, images, amp, power):
@@ -665,15 +666,19 @@ def resume(path, run, parts, generator):
     """Where a training starts: (finished epochs, history), with the state that `save_state` left if run has --resume.
 
     Without --resume an old state is removed, so that no later --resume takes it for this training's. Raises UsageError
-    if an argument that changes the result differs from the saved run's.
+    if an argument that changes the result differs from the saved run's, or if the state does not fit this code.
     """
     if not run["args"]["resume"] or not Path(path).exists():
         Path(path).unlink(missing_ok=True)
         return 0, []
     content = _load(path, "cpu")
     check_identity(path, content["identity"], identity(run, generator.device))
-    for name, part in parts.items():
-        part.load_state_dict(content["parts"][name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(content["parts"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--resume: the run in {path} was one of other code, its state does not fit "
+                         f"({first_line(error)}); leave --resume out to start anew") from None
     generator.set_state(content["generator"].cpu())
     torch.set_rng_state(content["torch_rng"])
     print(f"Resumed after epoch {content['epoch']}")

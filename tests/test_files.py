@@ -76,13 +76,14 @@ def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(phot
     for *trained, ours in zip(*steps, average.module.parameters(), strict=True):
         expected = sum(s * weight.double() for s, weight in zip(share, trained, strict=True)) / sum(share)
         assert torch.allclose(ours.double(), expected, atol=1e-6)
+    weights = [weight.detach().clone() for weight in average.module.parameters()]
     averaged = average.measured()
     with torch.no_grad():
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (common.MEAN, common.STD))
         seen = averaged.backbone.conv1((photos / 255 - mean) / std).double().transpose(0, 1).flatten(1)  # (64, pixels)
     assert torch.allclose(averaged.backbone.bn1.running_mean.double(), seen.mean(1), atol=1e-5)
     assert torch.allclose(averaged.backbone.bn1.running_var.double(), seen.var(1), rtol=1e-4)
-    assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), average.module.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), weights, strict=True))
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(None, [67, 67, 66]), (100, [100]), (1000, [67, 67, 66])])
@@ -99,6 +100,17 @@ def test_the_average_measures_batch_statistics_on_batches_of_all_classes(n, size
     average.measured(50)
     again = average.measured(n).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())  # nothing of before stays
+
+
+@pytest.mark.parametrize("now", [{"model": nn.Linear(3, 2)}, {"model": nn.Linear(2, 2), "criterion": nn.Linear(2, 2)},
+                                 {"model": nn.Linear(2, 2, bias=False)}])
+def test_a_state_of_other_code_is_refused_in_one_sentence(tmp_path, now):
+    run, generator = {"args": {"resume": True}, "amp": "off", "split_hash": "x"}, torch.Generator()
+    before = {"model": nn.Linear(2, 2)}
+    common.save_state(tmp_path / "x.pt", run, 3, [{"loss": 1.0}], before, generator)
+    assert common.resume(tmp_path / "x.pt", run, before, generator) == (3, [{"loss": 1.0}])
+    with pytest.raises(common.UsageError, match=r"^--resume: .*x.pt .*other code.*leave --resume out.*$"):
+        common.resume(tmp_path / "x.pt", run, now, generator)
 
 
 class Bomb:

@@ -163,7 +163,7 @@ def test_part2_computes_in_the_precision_of_the_training(results, tmp_path, amp)
     model, meta = common.load_checkpoint(results / "part1.pt", "cpu")
     common.save_checkpoint(tmp_path / "part1.pt", model, meta | {"args": meta["args"] | {"amp": amp}})
     out, _ = run("part2_robustness", "--checkpoint", tmp_path / "part1.pt", "--results-dir", tmp_path, "--no-umap",
-                 "--perturbations", "flip", "--eps-255", 0)
+                 "--perturbations", "horizontal_flip", "--eps-255", 0)
     assert f"mixed precision {amp}" in out
 
 
