@@ -14,7 +14,7 @@ import arguments
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=2e-3)
+    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=1e-3)
     parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
                         help="probability spread over all classes in the training target")
     arguments.add_no_part2(parser)
@@ -33,6 +33,7 @@ import report  # noqa: E402
 import summary  # noqa: E402
 
 PART = "part3"
+SHARE = {"noise": 1, "color": 1, "geometry": 2}  # of 16 training images, so many get a perturbation of the family
 
 
 def crop_and_flip(images, generator, padding=4):
@@ -51,13 +52,14 @@ def crop_and_flip(images, generator, padding=4):
 
 def augment(images, generator, step):
     """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
-    random; for each of the seen families about a tenth of them (6 of 64) gets a perturbation of it, with the step's
-    turn of its members and severities."""
+    random; for each of the seen families SHARE/16 of them get a perturbation of it, with the step's turn of its members
+    (but for the mirror, which half of all images have) and severities."""
     images = crop_and_flip(images, generator)
-    groups = list(images.chunk(12))
-    for i, family in enumerate(common.SEEN_FAMILIES[: len(groups)]):
-        names = [name for name in common.PERTURBATIONS if common.FAMILY[name] == family]
-        turn, member = divmod(step, len(names))
+    groups = list(images.chunk(16))
+    families = [family for family in common.SEEN_FAMILIES for _ in range(SHARE.get(family, 1))]
+    for i, family in enumerate(families[: len(groups)]):
+        names = [n for n in common.PERTURBATIONS if common.FAMILY[n] == family and n != "horizontal_flip"]
+        turn, member = divmod(step + i, len(names))
         groups[i] = common.PERTURBATIONS[names[member]](groups[i], 1 + turn % 5, generator)
     return torch.cat(groups)
 
