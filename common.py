@@ -377,6 +377,8 @@ class Model(nn.Module):
 class ClassMeans(nn.Module):
     """Logits as scale × cosine to class means (`means` (C,D)), which are set after training or learned as centers."""
 
+    learned = False  # whether `fit` leaves the means as training left them
+
     def __init__(self, classes, dim):
         super().__init__()
         self.register_buffer("means", torch.zeros(classes, dim))
@@ -386,7 +388,7 @@ class ClassMeans(nn.Module):
     def fit(self, embeddings, labels):
         """Sets the means, unless they are learned, and the scale in 1, 2 … 64 of the least label-smoothed cross-entropy
         (part 1's loss) on these embeddings: finite even where all are classified right, so that gradients survive."""
-        if not isinstance(self.means, nn.Parameter):
+        if not self.learned:
             self.means.copy_(class_means(embeddings, labels, len(self.means)))
         self.scale.fill_(1)
         cosines, scales = self(embeddings), torch.arange(1.0, 65.0, device=labels.device)

@@ -19,11 +19,12 @@ EMBEDDING = 128  # numbers
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=12, lr=0.05, weight_decay=2e-3)
+    arguments.add_training(parser, epochs=12, lr=0.1, weight_decay=2e-3)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
-    add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=40.0,
+    add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=36.0,
         help=f"Angular loss: the angle alpha, degrees, 0 to {MAX_ALPHA_DEG} (the paper: 36 to 55)")
+    add("--no-centers", action="store_true", help="Angular loss: of the images alone, without learned centers")
     add("--npair-weight", type=arguments.number(float, 0, 100), default=0.0, help="Angular loss: N-pair loss's weight")
     add("--margin", type=arguments.number(float, 0, 4), default=None,
         help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.2, 0.2, 1.1)")
@@ -102,6 +103,7 @@ class MarginLoss(torch.nn.Module):
         self.kind, self.scale = kind, scale
         self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind] if margin is None else margin
         self.centers = head.means = torch.nn.Parameter(torch.randn_like(head.means))
+        head.learned = True
 
     def forward(self, embeddings, labels):
         cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centers, dim=1).T  # (B,C)
@@ -114,20 +116,26 @@ class MarginLoss(torch.nn.Module):
 
 
 class AngularLoss(torch.nn.Module):
-    """`angular_loss`, and `npair_loss` with a weight."""
+    """`angular_loss`, and `npair_loss` with a weight, of a batch that one learned center a class joins as one more of
+    its embeddings: targets that outlast the batch, as proxies are (Movshovitz-Attias et al. 2017)."""
 
-    def __init__(self, alpha_deg, npair_weight):
+    def __init__(self, head, alpha_deg, npair_weight, centers=True):
         super().__init__()
         self.alpha_deg, self.npair_weight = alpha_deg, npair_weight
+        if centers:
+            head.means = torch.nn.Parameter(torch.randn_like(head.means))
+        self.centers = head.means if centers else head.means[:0]
 
     def forward(self, embeddings, labels):
+        embeddings = torch.cat([embeddings.float(), self.centers])
+        labels = torch.cat([labels, torch.arange(len(self.centers), device=labels.device)])
         npair = npair_loss(embeddings, labels) if self.npair_weight else 0
         return angular_loss(embeddings, labels, self.alpha_deg) + self.npair_weight * npair
 
 
 @torch.no_grad()
 def fit_head(model, images, labels, amp):
-    """Fits the class means, where they are not learned, and their scale to training images."""
+    """Fits the class means, unless a margin loss has learned them, and their scale to training images."""
     model.head.fit(model.backbone.fc(common.predict(model, images, amp).features), labels)
 
 
@@ -143,8 +151,8 @@ def main(argv=None):
 
     head = common.ClassMeans(len(data.classes), EMBEDDING)
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
-    criterion = (AngularLoss(args.alpha_deg, args.npair_weight) if args.loss == "angular" else
-                 MarginLoss(args.loss, model.head, args.margin, args.scale))
+    criterion = (MarginLoss(args.loss, model.head, args.margin, args.scale) if args.loss != "angular" else
+                 AngularLoss(model.head, args.alpha_deg, args.npair_weight, not args.no_centers))
     steps = common.balanced_steps(split.train_labels, args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)

@@ -117,8 +117,25 @@ def test_range_of_alpha():
 def test_npair_by_hand():
     embeddings, labels = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), torch.tensor([0, 0, 1])
     assert npair_loss(embeddings, labels).item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
-    both = AngularLoss(45, 2.0)(embeddings, labels).item()
+    both = AngularLoss(common.ClassMeans(2, 2), 45, 2.0, centers=False)(embeddings, labels).item()
     assert both == pytest.approx(math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(-1)), rel=1e-6)
+
+
+def test_learned_centers_join_the_batch_and_class_means_classify(batch):
+    embeddings, labels = batch
+    head = common.ClassMeans(4, 6)
+    criterion = AngularLoss(head, 45, 0.0)
+    both = torch.cat([embeddings, criterion.centers]).detach().double()
+    value = criterion(embeddings.bfloat16(), labels)
+    value.backward()
+    expected = by_definition(torch.cat([embeddings.bfloat16().double(), both[14:]]),
+                             torch.cat([labels, torch.arange(4)]), 45)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (criterion.centers.grad != 0).any(1).all()  # each of the four
+    centers = criterion.centers.detach().clone()
+    head.fit(embeddings, labels)
+    assert torch.allclose(head.means, common.class_means(embeddings, labels, 4))
+    assert not torch.allclose(head.means, F.normalize(centers, dim=1))
 
 
 @pytest.mark.parametrize("theta", [0, 0.7, 3.0, math.pi])
