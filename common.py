@@ -375,13 +375,12 @@ class Model(nn.Module):
 
 
 class ClassMeans(nn.Module):
-    """Logits as scale × cosine to class means (`means` (C,D)), which are set after training or learned as centers."""
+    """Logits as scale × cosine to class means (`means` (C,D)), set after training, or learned as centers in it."""
 
-    learned = False  # whether `fit` leaves the means as training left them
-
-    def __init__(self, classes, dim):
+    def __init__(self, classes, dim, learned=False):
         super().__init__()
-        self.register_buffer("means", torch.zeros(classes, dim))
+        self.learned = learned
+        self.means = nn.Parameter(torch.zeros(classes, dim))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()

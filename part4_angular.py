@@ -1,7 +1,7 @@
 """Part 4: does the Angular loss do better than cross-entropy?
 
-Part 1's training with the Angular loss (Wang et al., ICCV 2017) on an embedding of 128 numbers; a class is the mean of
-its training embeddings, an image belongs to the one of highest cosine. Then all that parts 1 and 2 measure.
+Part 1's training with the Angular loss (Wang et al., ICCV 2017), on an embedding of 128 numbers. A class is the mean of
+its training embeddings; an image belongs to the one of highest cosine. Then all that parts 1 and 2 measure.
 
     python part4_angular.py                (on part 3's training data: --augment; another loss: --loss arcface)
 
@@ -102,8 +102,7 @@ class MarginLoss(torch.nn.Module):
         super().__init__()
         self.kind, self.scale = kind, scale
         self.margin = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind] if margin is None else margin
-        self.centers = head.means = torch.nn.Parameter(torch.randn_like(head.means))
-        head.learned = True
+        self.centers = torch.nn.init.normal_(head.means)
 
     def forward(self, embeddings, labels):
         cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.centers, dim=1).T  # (B,C)
@@ -122,9 +121,7 @@ class AngularLoss(torch.nn.Module):
     def __init__(self, head, alpha_deg, npair_weight, centers=True):
         super().__init__()
         self.alpha_deg, self.npair_weight = alpha_deg, npair_weight
-        if centers:
-            head.means = torch.nn.Parameter(torch.randn_like(head.means))
-        self.centers = head.means if centers else head.means[:0]
+        self.centers = torch.nn.init.normal_(head.means) if centers else head.means.detach()[:0]
 
     def forward(self, embeddings, labels):
         embeddings = torch.cat([embeddings.float(), self.centers])
@@ -135,7 +132,7 @@ class AngularLoss(torch.nn.Module):
 
 @torch.no_grad()
 def fit_head(model, images, labels, amp):
-    """Fits the class means, unless a margin loss has learned them, and their scale to training images."""
+    """Fits the class means (of margin losses: learned) and their scale to training images."""
     model.head.fit(model.backbone.fc(common.predict(model, images, amp).features), labels)
 
 
@@ -149,7 +146,7 @@ def main(argv=None):
     run = common.describe(args, "part4_augmented" if args.augment else "part4", data, split, device, amp)
     paths = report.start(run)
 
-    head = common.ClassMeans(len(data.classes), EMBEDDING)
+    head = common.ClassMeans(len(data.classes), EMBEDDING, learned=args.loss != "angular")
     model = common.Model(EMBEDDING, head).to(device, memory_format=torch.channels_last)
     criterion = (MarginLoss(args.loss, model.head, args.margin, args.scale) if args.loss != "angular" else
                  AngularLoss(model.head, args.alpha_deg, args.npair_weight, not args.no_centers))

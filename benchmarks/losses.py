@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-LOSSES = {"cross-entropy": [], "angular": [], "angular + N-pair": ["--npair-weight", "0.5"],
-          **{loss: ["--loss", loss, "--lr", "0.1"] for loss in ("arcface", "cosface", "sphereface")}}
+LOSSES = {"cross-entropy": [], "angular": [], "angular, no centers": ["--no-centers"],
+          "angular + N-pair": ["--npair-weight", "0.5"],
+          **{loss: ["--loss", loss] for loss in ("arcface", "cosface", "sphereface")}}
 PERTURBED = ["gaussian_noise", "jpeg", "color_jitter", "rotation"]  # one a family
 TESTS = ["--perturbations", *PERTURBED, "--eps-255", "0", "2", "8", "16", "--no-umap"]
 
@@ -132,8 +133,7 @@ def main():
         "Eps in 1/255, on 2,000 test images (FGSM) and 100 of them (PGD) where there are as many. p: McNemar's exact "
         "test against cross-entropy on the clean test images, corrected after Holm, of several seeds the largest. "
         "The Angular loss classifies by the class means of the embeddings, the margin losses by the centers they "
-        "learn. The Angular loss has its own learning rate, the margin losses have cross-entropy's, and the "
-        "margins and scales tried first (recipes.md has what else was tried).", "",
+        "learn, with the margins and scales tried first (recipes.md has what else was tried).", "",
         f"| | {' | '.join(found[0])} | p |", f"| --- |{' ---: |' * (len(found[0]) + 1)}", *lines, ""])
     print(text)
     path = ROOT / "benchmarks" / "results" / "losses.md"

@@ -132,7 +132,7 @@ def test_learned_centers_join_the_batch_and_class_means_classify(batch):
                              torch.cat([labels, torch.arange(4)]), 45)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (criterion.centers.grad != 0).any(1).all()  # each of the four
-    centers = criterion.centers.detach().clone()
+    centers = head.means.detach().clone()
     head.fit(embeddings, labels)
     assert torch.allclose(head.means, common.class_means(embeddings, labels, 4))
     assert not torch.allclose(head.means, F.normalize(centers, dim=1))
@@ -174,7 +174,7 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(photos):
 
 def test_a_margin_loss_trains_the_centers_that_its_head_classifies_by(photos):
     torch.manual_seed(0)
-    model = common.Model(outputs=16, head=common.ClassMeans(4, 16))
+    model = common.Model(outputs=16, head=common.ClassMeans(4, 16, learned=True))
     criterion, labels = MarginLoss("cosface", model.head, None, 16.0), torch.arange(40) % 4
     average = common.Average(model, photos, common.Amp("off", torch.device("cpu")), power=3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -48,7 +48,7 @@ def test_features_are_what_the_last_layer_sees(small_model, photos):
 def test_folding_changes_nothing_but_speed(small_model, photos, classes):
     model = common.Model(16, head=common.ClassMeans(classes, 16)) if classes else small_model
     if classes:
-        model.head.means.normal_()
+        nn.init.normal_(model.head.means)
         model.backbone.bn1.running_mean.uniform_()
         model.backbone.layer2[0].downsample[1].running_var.uniform_(0.5, 2)
     model.train()

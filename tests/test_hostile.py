@@ -159,9 +159,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_touched(place, script, argv, c
 
 FLAGS = ("--dataset", "--data-dir", "--train-fraction", "--split-seed", "--seed", "--batch-size", "--device", "--amp",
          "--umap-points", "--no-umap", "--resume", "--quick", "--epochs", "--lr", "--weight-decay", "--label-smoothing",
-         "--loss", "--alpha-deg", "--margin", "--scale", "--npair-weight", "--augment", "--checkpoint",
-         "--perturbations", "--severities", "--cifar10c", "--eps-255", "--norm", "--attack-images", "--audit-images",
-         "--targeted", "--help-me", "-x")
+         "--loss", "--alpha-deg", "--margin", "--scale", "--npair-weight", "--no-centers", "--augment",
+         "--checkpoint", "--perturbations", "--severities", "--cifar10c", "--eps-255", "--norm", "--attack-images",
+         "--audit-images", "--targeted", "--help-me", "-x")
 VALUES = st.one_of(
     st.sampled_from(["", "nan", "inf", "-inf", "-1", "0", "1e309", "0x10", "1_000", "٣", "all", "folder", "digits",
                      "cpu", "meta", "cuda:0", "mps", "bf16", "angular", "\t", "--", "None"]),
