@@ -82,7 +82,7 @@ def main(argv=None):
     report.write_rows(paths(".csv"), rows)
     report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
-    report.print_accuracies(f"{PART}: {args.epochs} epochs, averaged weights", rows)
+    report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
     summary.compare(paths.folder)
     return rows
 

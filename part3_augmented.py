@@ -114,7 +114,7 @@ def main(argv=None):
     report.write_rows(paths(".csv"), rows)
     report.write_clean_correct(paths, *passes["test"])
     report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
-    report.print_accuracies(f"{PART}: {args.epochs} epochs, averaged weights", rows)
+    report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
     summary.compare(paths.folder)
     if not args.no_part2:
         rows += part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
