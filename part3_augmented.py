@@ -36,12 +36,13 @@ PART = "part3"
 SHARE = {"noise": 1, "color": 1, "geometry": 2}  # of 16 training images, so many get a perturbation of the family
 
 
-def crop_and_flip(images, generator, padding=4):
-    """A random crop of every reflection-padded image, half of them mirrored; images (B,3,H,W) of any type."""
+def crop_and_flip(images, generator, epoch, padding=4):
+    """A random crop of every reflection-padded image, float (B,3,H,W) in [0,1]. An image is mirrored in every other
+    epoch, about half of them in each (alternating flip, Jordan 2024): the parity of its pixels, 0-255, tells which."""
     n, _, height, width = images.shape
     padded = F.pad(images, [padding] * 4, mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator, device=images.device)
-    flip = torch.rand(n, 1, generator=generator, device=images.device) < 0.5
+    flip = ((255 * images).sum((1, 2, 3)).round() + epoch).view(n, 1) % 2 == 1
     row = torch.arange(height, device=images.device)
     column = torch.arange(width, device=images.device)
     rows = top + row  # (B,H)
@@ -50,11 +51,11 @@ def crop_and_flip(images, generator, padding=4):
     return padded.permute(0, 2, 3, 1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def augment(images, generator, step):
-    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
-    random; for each of the seen families SHARE/16 of them get a perturbation of it, with the step's turn of its members
-    (but for the mirror, which half of all images have) and severities."""
-    images = crop_and_flip(images, generator)
+def augment(images, generator, step, epoch):
+    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped at random, and
+    mirrored in every other epoch; for each of the seen families SHARE/16 of them get a perturbation of it, with the
+    step's turn of its members (but for the mirror, which half of all images have) and severities."""
+    images = crop_and_flip(images, generator, epoch)
     groups = list(images.chunk(16))
     families = [family for family in common.SEEN_FAMILIES for _ in range(SHARE.get(family, 1))]
     for i, family in enumerate(families[: len(groups)]):
@@ -92,7 +93,7 @@ def main(argv=None):
         epoch = common.Epoch(number, args.epochs, batches, steps)
         for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
-            images = augment(images, generator, scheduler.last_epoch)
+            images = augment(images, generator, scheduler.last_epoch, number)
             with amp.autocast():
                 logits = model(images)  # (B,C)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)

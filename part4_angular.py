@@ -171,7 +171,7 @@ def main(argv=None):
         for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             if args.augment:
-                images = augment(images, generator, scheduler.last_epoch)
+                images = augment(images, generator, scheduler.last_epoch, number)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings, labels)

@@ -10,9 +10,10 @@ import part3_augmented
 
 
 def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
-    images = photos[:1].expand(400, -1, -1, -1)
-    results = part3_augmented.crop_and_flip(images, torch.Generator().manual_seed(0))
-    padded = F.pad(photos[:1].float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)[0]
+    generator = torch.Generator().manual_seed(0)
+    images = (photos[:1] / 255).expand(200, -1, -1, -1)
+    results = [image for epoch in (0, 1) for image in part3_augmented.crop_and_flip(images, generator, epoch)]
+    padded = F.pad(images[:1], (4, 4, 4, 4), mode="reflect")[0]
     crops = {}
     for top in range(9):
         for left in range(9):
@@ -22,8 +23,19 @@ def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
     assert len(crops) == 162
     drawn = [crops[image.contiguous().numpy().tobytes()] for image in results]  # KeyError: no such crop
     assert {top for top, _, _ in drawn} == {left for _, left, _ in drawn} == set(range(9))
-    assert 150 < sum(mirrored for _, _, mirrored in drawn) < 250  # of 400; 5 standard deviations
+    assert {mirrored for _, _, mirrored in drawn[:200]} != {mirrored for _, _, mirrored in drawn[200:]}  # by epoch
     assert len(set(drawn)) > 120  # each on its own, not a few for all
+
+
+def test_an_image_is_mirrored_in_every_other_epoch_and_about_half_in_each(photos):
+    mirrored = torch.stack([(photos.long().sum((1, 2, 3)) + epoch) % 2 == 1 for epoch in range(4)])
+    for epoch in range(4):
+        images = common.to_float(photos)
+        results = part3_augmented.crop_and_flip(images, torch.Generator(), epoch, padding=0)
+        expected = torch.where(mirrored[epoch].view(-1, 1, 1, 1), images.flip(3), images)
+        assert torch.equal(results, expected)
+    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
+    assert 0.25 < mirrored[0].float().mean() < 0.75
 
 
 def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, photos):
@@ -38,7 +50,7 @@ def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, p
     monkeypatch.setattr(common, "PERTURBATIONS", {n: watch(n, p) for n, p in common.PERTURBATIONS.items()})
     images = torch.cat([photos, photos])[:64] / 255
     for step in range(120):
-        result = part3_augmented.augment(images, torch.Generator().manual_seed(step), step)
+        result = part3_augmented.augment(images, torch.Generator().manual_seed(step), step, 0)
         assert result.shape == images.shape
         assert 0 <= result.min() <= result.max() <= 1
     seen = {name for name in common.PERTURBATIONS if common.FAMILY[name] in common.SEEN_FAMILIES} - {"horizontal_flip"}
