@@ -20,6 +20,7 @@ run: $(VENV)/installed
 	$(BIN)/python part2_robustness.py --checkpoint $(RESULTS)/part1.pt --results-dir $(RESULTS)
 	$(BIN)/python part3_augmented.py --results-dir $(RESULTS) $(ARGS)
 	$(BIN)/python part4_angular.py --results-dir $(RESULTS) $(ARGS)
+	$(BIN)/python part4_angular.py --augment --results-dir $(RESULTS) $(ARGS)
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -42,7 +42,7 @@ def crop_and_flip(images, generator, epoch, padding=4):
     n, _, height, width = images.shape
     padded = F.pad(images, [padding] * 4, mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator, device=images.device)
-    flip = ((255 * images).sum((1, 2, 3)).round() + epoch).view(n, 1) % 2 == 1
+    flip = ((255 * images).round().sum((1, 2, 3)) + epoch).view(n, 1) % 2 == 1
     row = torch.arange(height, device=images.device)
     column = torch.arange(width, device=images.device)
     rows = top + row  # (B,H)

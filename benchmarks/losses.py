@@ -77,19 +77,21 @@ def values(folder, part):
 
 
 def settings(folder, part):
-    """What a loss was trained with beside it, in words."""
+    """What a loss was trained with beside it, in words, and the commit it was trained at."""
     from common import read_meta
 
-    args = read_meta(folder / f"{part}.pt")["args"]
+    meta = read_meta(folder / f"{part}.pt")
+    args = meta["args"]
     words = [f"lr {args['lr']:g}"]
     if part == "part1":
         words.append(f"label smoothing {args['label_smoothing']:g}")
     elif args["loss"] == "angular":
-        words.append(f"alpha {args['alpha_deg']:g}°")
+        words += [f"alpha {args['alpha_deg']:g}°", f"{'no' if args['no_centers'] else 'learned'} centers"]
+        words += [f"N-pair weight {args['npair_weight']:g}"] * (args["npair_weight"] > 0)
     else:
-        words.append("scale " + ("its length" if args["loss"] == "sphereface" else f"{args['scale']:g}")
-                     + ", label smoothing 0.1")
-    return ", ".join(words)
+        words += [f"margin {'the default' if args['margin'] is None else args['margin']}", "label smoothing 0.1",
+                  "scale " + ("its length" if args["loss"] == "sphereface" else f"{args['scale']:g}")]
+    return f"{', '.join(words)}; {meta['versions']['commit']}"
 
 
 def right(study):

@@ -2,11 +2,13 @@
 
 import collections
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import common
 import part3_augmented
+import part4_angular
 
 
 def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
@@ -29,13 +31,34 @@ def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
 
 def test_an_image_is_mirrored_in_every_other_epoch_and_about_half_in_each(photos):
     mirrored = torch.stack([(photos.long().sum((1, 2, 3)) + epoch) % 2 == 1 for epoch in range(4)])
-    for epoch in range(4):
-        images = common.to_float(photos)
-        results = part3_augmented.crop_and_flip(images, torch.Generator(), epoch, padding=0)
-        expected = torch.where(mirrored[epoch].view(-1, 1, 1, 1), images.flip(3), images)
-        assert torch.equal(results, expected)
-    assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
     assert 0.25 < mirrored[0].float().mean() < 0.75
+    for epoch in range(4):
+        for images in (common.to_float(photos), common.to_float(photos) + 1e-4):  # not quite 8 bits, too
+            results = part3_augmented.crop_and_flip(images, torch.Generator(), epoch, padding=0)
+            assert torch.equal(results, torch.where(mirrored[epoch].view(-1, 1, 1, 1), images.flip(3), images))
+
+
+@pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
+def test_training_tells_augment_its_step_and_epoch(part, flags, monkeypatch, tmp_path):
+    calls = []
+
+    def watched(images, generator, step, epoch):
+        calls.append((step, epoch))
+        return part3_augmented.crop_and_flip(images, generator, epoch)
+
+    monkeypatch.setattr(part, "augment", watched)
+    part.main(["--dataset", "digits", "--quick", "--no-umap", "--no-part2", "--batch-size", "40", "--amp", "off",
+               "--results-dir", str(tmp_path), *flags])
+    assert [step for step, _ in calls] == list(range(len(calls)))
+    half = len(calls) // 2
+    assert [epoch for _, epoch in calls] == [0] * half + [1] * half  # --quick: two epochs
+
+
+def test_part_4_trains_as_long_as_part_3_on_its_images():
+    part3, part4 = part3_augmented.parse_args([]), part4_angular.parse_args(["--augment"])
+    for name in ("epochs", "lr", "weight_decay"):
+        assert getattr(part4, name) == getattr(part3, name)
+    assert part4_angular.parse_args(["--augment", "--epochs", "3"]).epochs == 3
 
 
 def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, photos):
