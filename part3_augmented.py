@@ -14,7 +14,7 @@ import arguments
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=1e-3)
+    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=1.5e-3)
     parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
                         help="probability spread over all classes in the training target")
     arguments.add_no_part2(parser)
@@ -81,7 +81,7 @@ def main(argv=None):
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
-    average = common.Average(model, split.train_images, amp, power=24)  # what is tested; step t weighs as t²⁴
+    average = common.Average(model, split.train_images, amp, power=12)  # what is tested; step t weighs as t¹²
     if args.compile:
         common.compile_backbone(model, device)
 
