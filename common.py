@@ -407,7 +407,7 @@ def class_means(embeddings, labels, classes):
 
 class Average:
     """The average of a model's weights in which step t weighs as t to the `power`: 3 gives half of the weight to the
-    last sixth of the steps, 12 to the last 5 %.
+    last sixth of the steps, 24 to the last 3 %.
 
     (Polynomial-decay averaging, Shamir & Zhang 2013.) As in stochastic weight averaging (Izmailov et al. 2018) its
     batch statistics are its own: they are measured on the training images, uint8 (N,3,H,W). torch's AveragedModel

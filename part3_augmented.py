@@ -14,7 +14,7 @@ import arguments
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=1.5e-3)
+    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=1e-3)
     parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
                         help="probability spread over all classes in the training target")
     arguments.add_no_part2(parser)
@@ -36,13 +36,12 @@ PART = "part3"
 SHARE = {"noise": 1, "color": 1, "geometry": 2}  # of 16 training images, so many get a perturbation of the family
 
 
-def crop_and_flip(images, generator, epoch, padding=4):
-    """A random crop of every reflection-padded image, float (B,3,H,W) in [0,1]. An image is mirrored in every other
-    epoch, about half of them in each (alternating flip, Jordan 2024): the parity of its pixels, 0-255, tells which."""
+def crop_and_flip(images, generator, padding=4):
+    """A random crop of every reflection-padded image, half of them mirrored; images (B,3,H,W) of any type."""
     n, _, height, width = images.shape
     padded = F.pad(images, [padding] * 4, mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator, device=images.device)
-    flip = ((255 * images).round().sum((1, 2, 3)) + epoch).view(n, 1) % 2 == 1
+    flip = torch.rand(n, 1, generator=generator, device=images.device) < 0.5
     row = torch.arange(height, device=images.device)
     column = torch.arange(width, device=images.device)
     rows = top + row  # (B,H)
@@ -51,11 +50,11 @@ def crop_and_flip(images, generator, epoch, padding=4):
     return padded.permute(0, 2, 3, 1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def augment(images, generator, step, epoch):
-    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped at random, and
-    mirrored in every other epoch; for each of the seen families SHARE/16 of them get a perturbation of it, with the
-    step's turn of its members (but for the mirror, which half of all images have) and severities."""
-    images = crop_and_flip(images, generator, epoch)
+def augment(images, generator, step):
+    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
+    random; for each of the seen families SHARE/16 of them get a perturbation of it, with the step's turn of its members
+    (but for the mirror, which half of all images have) and severities."""
+    images = crop_and_flip(images, generator)
     groups = list(images.chunk(16))
     families = [family for family in common.SEEN_FAMILIES for _ in range(SHARE.get(family, 1))]
     for i, family in enumerate(families[: len(groups)]):
@@ -81,7 +80,7 @@ def main(argv=None):
                                 weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=100)
-    average = common.Average(model, split.train_images, amp, power=12)  # what is tested; step t weighs as t¹²
+    average = common.Average(model, split.train_images, amp, power=24)  # what is tested; step t weighs as t²⁴
     if args.compile:
         common.compile_backbone(model, device)
 
@@ -93,7 +92,7 @@ def main(argv=None):
         epoch = common.Epoch(number, args.epochs, batches, steps)
         for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
-            images = augment(images, generator, scheduler.last_epoch, number)
+            images = augment(images, generator, scheduler.last_epoch)
             with amp.autocast():
                 logits = model(images)  # (B,C)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)

@@ -22,7 +22,7 @@ def parse_args(argv=None):
     as_part3 = "--augment" in (sys.argv if argv is None else argv)
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30 if as_part3 else 12, lr=0.1, weight_decay=1.5e-3 if as_part3 else 2e-3)
+    arguments.add_training(parser, epochs=30 if as_part3 else 12, lr=0.1, weight_decay=1e-3 if as_part3 else 2e-3)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=36.0,
@@ -157,7 +157,7 @@ def main(argv=None):
     steps = common.balanced_steps(split.train_labels, args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
-    power, end = (12, 100) if args.augment else (3, 1)  # as in part 3, as in part 1
+    power, end = (24, 100) if args.augment else (3, 1)  # as in part 3, as in part 1
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
                                                     cycle_momentum=False, div_factor=10, final_div_factor=end)
     average = common.Average(model, split.train_images, amp, power)  # what is tested
@@ -174,7 +174,7 @@ def main(argv=None):
         for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             if args.augment:
-                images = augment(images, generator, scheduler.last_epoch, number)
+                images = augment(images, generator, scheduler.last_epoch)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings, labels)

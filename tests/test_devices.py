@@ -82,7 +82,7 @@ def test_nor_does_any_perturbation_of_the_training_data():
     images = torch.rand(24, 3, 32, 32)
     for step in range(40):  # every member of every family that is trained on, at several severities
         with NoSync():
-            part3_augmented.augment(images, generator, step, 0)
+            part3_augmented.augment(images, generator, step)
 
 
 def test_compile_says_in_one_sentence_that_it_cannot(monkeypatch):
