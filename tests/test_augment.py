@@ -2,11 +2,13 @@
 
 import collections
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import common
 import part3_augmented
+import part4_angular
 
 
 def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
@@ -47,3 +49,26 @@ def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, p
     for (name, _), images in calls.items():
         families[common.FAMILY[name]] += images
     assert families == {"noise": 120 * 4, "color": 120 * 4, "geometry": 120 * 8}
+
+
+@pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
+def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatch, tmp_path):
+    steps = []
+
+    def watched(images, generator, step):
+        steps.append(step)
+        return images
+
+    monkeypatch.setattr(part, "augment", watched)
+    part.main(["--dataset", "digits", "--quick", "--no-umap", "--no-part2", "--batch-size", "40", "--amp", "off",
+               "--results-dir", str(tmp_path), *flags])
+    assert len(steps) > 1
+    assert steps == list(range(len(steps)))
+
+
+def test_part_4_trains_as_part_3_does_on_its_images():
+    part3, part4 = part3_augmented.parse_args([]), part4_angular.parse_args(["--augment"])
+    for name in ("epochs", "lr", "weight_decay"):
+        assert getattr(part4, name) == getattr(part3, name)
+    assert part4_angular.parse_args([]).epochs < part3.epochs  # without --augment: part 1's
+    assert part4_angular.parse_args(["--augment", "--epochs", "3"]).epochs == 3
