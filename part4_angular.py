@@ -16,6 +16,7 @@ import arguments
 
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
 EMBEDDING = 128  # numbers
+COPIES = 16  # of a class's learned center in every batch, beside the six images of the class
 
 
 def parse_args(argv=None):
@@ -118,9 +119,9 @@ class MarginLoss(torch.nn.Module):
 
 
 class AngularLoss(torch.nn.Module):
-    """`angular_loss`, and `npair_loss` with a weight, of a batch that one learned center a class joins as one more of
-    its embeddings: targets that outlast the batch, as proxies are (Movshovitz-Attias et al. 2017). They are the head's
-    means until it is fitted; class means then take their place."""
+    """`angular_loss`, and `npair_loss` with a weight, of a batch that one learned center a class joins, as `COPIES` more
+    of its embeddings: targets that outlast the batch, as proxies are (Movshovitz-Attias et al. 2017). They are the
+    head's means until it is fitted; class means then take their place."""
 
     def __init__(self, head, alpha_deg, npair_weight, centers=True):
         super().__init__()
@@ -128,8 +129,8 @@ class AngularLoss(torch.nn.Module):
         self.centers = torch.nn.init.normal_(head.means) if centers else head.means.detach()[:0]
 
     def forward(self, embeddings, labels):
-        embeddings = torch.cat([embeddings.float(), self.centers])
-        labels = torch.cat([labels, torch.arange(len(self.centers), device=labels.device)])
+        embeddings = torch.cat([embeddings.float(), self.centers.repeat(COPIES, 1)])
+        labels = torch.cat([labels, torch.arange(len(self.centers), device=labels.device).repeat(COPIES)])
         npair = npair_loss(embeddings, labels) if self.npair_weight else 0
         return angular_loss(embeddings, labels, self.alpha_deg) + self.npair_weight * npair
 
