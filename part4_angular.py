@@ -23,7 +23,7 @@ def parse_args(argv=None):
     as_part3 = "--augment" in (sys.argv if argv is None else argv)
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=36 if as_part3 else 12, lr=0.1, weight_decay=1e-3 if as_part3 else 2e-3)
+    arguments.add_training(parser, epochs=30 if as_part3 else 12, lr=0.1, weight_decay=1e-3 if as_part3 else 2e-3)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=36.0,

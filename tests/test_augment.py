@@ -4,25 +4,28 @@ import collections
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import part3_augmented
 import part4_angular
 
 
-def test_crop_and_flip_gives_one_of_the_crops_of_the_image(photos):
+def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
     images = photos[:1].expand(400, -1, -1, -1)
     results = part3_augmented.crop_and_flip(images, torch.Generator().manual_seed(0))
+    padded = F.pad(photos[:1].float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)[0]
     crops = {}
-    for top in range(5):
-        for left in range(5):
-            crop = photos[0, :, top : top + 28, left : left + 28]
+    for top in range(9):
+        for left in range(9):
+            crop = padded[:, top : top + 32, left : left + 32]
             crops[crop.numpy().tobytes()] = (top, left, False)
             crops[crop.flip(2).contiguous().numpy().tobytes()] = (top, left, True)
-    assert len(crops) == 50
+    assert len(crops) == 162
     drawn = [crops[image.contiguous().numpy().tobytes()] for image in results]  # KeyError: no such crop
-    assert set(drawn) == set(crops.values())  # each on its own, not a few for all
+    assert {top for top, _, _ in drawn} == {left for _, left, _ in drawn} == set(range(9))
     assert 150 < sum(mirrored for _, _, mirrored in drawn) < 250  # of 400; 5 standard deviations
+    assert len(set(drawn)) > 120  # each on its own, not a few for all
 
 
 def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, photos):
@@ -38,7 +41,7 @@ def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, p
     images = torch.cat([photos, photos])[:64] / 255
     for step in range(120):
         result = part3_augmented.augment(images, torch.Generator().manual_seed(step), step)
-        assert result.shape == (64, 3, 28, 28)
+        assert result.shape == images.shape
         assert 0 <= result.min() <= result.max() <= 1
     seen = {name for name in common.PERTURBATIONS if common.FAMILY[name] in common.SEEN_FAMILIES} - {"horizontal_flip"}
     assert set(calls) == {(name, severity) for name in seen for severity in range(1, 6)}
