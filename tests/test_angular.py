@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from part4_angular import AngularLoss, MarginLoss, angular_loss, fit_head, npair_loss
+from part4_angular import COPIES, AngularLoss, MarginLoss, angular_loss, fit_head, npair_loss
 
 
 def by_definition(embeddings, labels, alpha_deg, sign=1):
@@ -128,8 +128,8 @@ def test_learned_centers_join_the_batch_and_class_means_classify(batch):
     both = torch.cat([embeddings, criterion.centers]).detach().double()
     value = criterion(embeddings.bfloat16(), labels)
     value.backward()
-    expected = by_definition(torch.cat([embeddings.bfloat16().double(), both[14:]]),
-                             torch.cat([labels, torch.arange(4)]), 45)
+    expected = by_definition(torch.cat([embeddings.bfloat16().double(), *[both[14:]] * COPIES]),
+                             torch.cat([labels, *[torch.arange(4)] * COPIES]), 45)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (criterion.centers.grad != 0).any(1).all()  # each of the four
     centers = head.means.detach().clone()
