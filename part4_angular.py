@@ -119,9 +119,9 @@ class MarginLoss(torch.nn.Module):
 
 
 class AngularLoss(torch.nn.Module):
-    """`angular_loss`, and `npair_loss` with a weight, of a batch that one learned center a class joins, as `COPIES` more
-    of its embeddings: targets that outlast the batch, as proxies are (Movshovitz-Attias et al. 2017). They are the
-    head's means until it is fitted; class means then take their place."""
+    """`angular_loss`, and `npair_loss` with a weight, of a batch that one learned center a class joins, as `COPIES`
+    more of its embeddings: targets that outlast the batch, as proxies are (Movshovitz-Attias et al. 2017). They are
+    the head's means until it is fitted; class means then take their place."""
 
     def __init__(self, head, alpha_deg, npair_weight, centers=True):
         super().__init__()
