@@ -33,7 +33,7 @@ import report  # noqa: E402
 import summary  # noqa: E402
 
 PART = "part3"
-SHARE = {"noise": 1, "color": 1, "geometry": 2}  # of 16 training images, so many get a perturbation of the family
+SHARE = {"noise": 1, "color": 1, "geometry": 4}  # of 16 training images, so many get a perturbation of the family
 
 
 def crop_and_flip(images, generator, padding=4):
