@@ -48,7 +48,7 @@ def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, p
     families = collections.Counter()
     for (name, _), images in calls.items():
         families[common.FAMILY[name]] += images
-    assert families == {"noise": 120 * 4, "color": 120 * 4, "geometry": 120 * 8}
+    assert families == {"noise": 120 * 4, "color": 120 * 4, "geometry": 120 * 16}
 
 
 @pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
