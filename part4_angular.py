@@ -1,8 +1,8 @@
 """Part 4: does the Angular loss do better than cross-entropy?
 
-Part 1's training with the Angular loss (Wang et al., ICCV 2017), on an embedding of 128 numbers, of batches that a
-learned center a class joins. A class is the mean of its training embeddings; an image belongs to the one of highest
-cosine. Then all that parts 1 and 2 measure.
+Part 1's training with the Angular loss (Wang et al., ICCV 2017), on an embedding of 128 numbers, of batches that one
+learned center a class joins, 16 times. A class is the mean of its training embeddings; an image belongs to the one of
+highest cosine. Then all that parts 1 and 2 measure.
 
     python part4_angular.py                (on part 3's training data: --augment; another loss: --loss arcface)
 
