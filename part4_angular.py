@@ -23,7 +23,7 @@ def parse_args(argv=None):
     as_part3 = "--augment" in (sys.argv if argv is None else argv)
     parser = arguments.new_parser(__doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30 if as_part3 else 12, lr=0.1, weight_decay=1e-3 if as_part3 else 2e-3)
+    arguments.add_training(parser, epochs=30 if as_part3 else 12, lr=0.1, weight_decay=5e-4 if as_part3 else 2e-3)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular", help="what to train with")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=36.0,
@@ -34,7 +34,7 @@ def parse_args(argv=None):
         help="margin: arcface in radians, cosface in cosine, sphereface a factor from 1 on (None: 0.2, 0.2, 1.1)")
     add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
         help="arcface, cosface: scale of the cosines (sphereface's is the embedding's length)")
-    add("--augment", action="store_true", help="train on part 3's perturbed images, as long and with its weight decay")
+    add("--augment", action="store_true", help="train on part 3's perturbed images for as long, with less weight decay")
     arguments.add_no_part2(parser)
     args = arguments.parse(parser, argv)
     if args.loss == "sphereface" and args.margin is not None and args.margin < 1:
