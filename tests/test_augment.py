@@ -66,9 +66,8 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
     assert steps == list(range(len(steps)))
 
 
-def test_part_4_trains_as_part_3_does_on_its_images():
+def test_part_4_trains_as_long_as_part_3_does_on_its_images():
     part3, part4 = part3_augmented.parse_args([]), part4_angular.parse_args(["--augment"])
-    for name in ("epochs", "lr", "weight_decay"):
-        assert getattr(part4, name) == getattr(part3, name)
+    assert (part4.epochs, part4.lr) == (part3.epochs, part3.lr)
     assert part4_angular.parse_args([]).epochs < part3.epochs  # without --augment: part 1's
     assert part4_angular.parse_args(["--augment", "--epochs", "3"]).epochs == 3
