@@ -283,7 +283,7 @@ def plot_comparison(path, table, names):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.3 * len(conditions) + 2.2), layout="constrained",
                                          width_ratios=(3, 2))
     order = sorted(conditions, key=lambda c: (c != "clean", common.FAMILY.get(c) in common.HELD_OUT_FAMILIES,
-                                              common.FAMILY.get(c, "")), reverse=True)
+                                              common.FAMILY.get(c, "")))[::-1]
     left.set_ylim(-0.6, len(order) - 0.4)
     for offset, model in zip(0.15 * ((len(models) - 1) / 2 - np.arange(len(models))), models, strict=True):
         values = [mean(table, model, lambda r, c=c: r["condition"] == c) * 100 for c in order]
