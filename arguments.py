@@ -60,12 +60,12 @@ def add_shared(parser):
         "rounded to as many of every class, at least two)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="mixed precision; auto: bf16 where this machine is faster with it, fp16 on older CUDA, else off")
+        help="mixed precision; auto: bf16 unless a short trial shows it slower, fp16 on older CUDA, else off")
     add("--umap-points", type=number(int, 50, 100_000), default=1000, help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
     add("--resume", action="store_true", help="continue after the last finished epoch (part 2: condition) of the "
         "same command")
-    add("--quick", action="store_true", help="every code path in seconds: 10 images of each class, 2 epochs; "
+    add("--quick", action="store_true", help="every code path in a minute or two: 10 images of each class, 2 epochs; "
         "all outputs are marked QUICK")
 
 
