@@ -60,7 +60,7 @@ def add_shared(parser):
         "rounded to as many of every class, at least two)")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="mixed precision; auto: bf16 unless a short trial shows it slower, fp16 on older CUDA, else off")
+        help="mixed precision; auto: bf16 unless a short trial shows it clearly slower, fp16 on older CUDA, off")
     add("--umap-points", type=number(int, 50, 100_000), default=1000, help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
     add("--resume", action="store_true", help="continue after the last finished epoch (part 2: condition) of the "
