@@ -1,11 +1,14 @@
-"""The perturbations: one short function each, batched on the images' device, random for every image.
+"""The perturbations: one short function each, batched on the images' device, drawn per image.
 
-PERTURBATIONS[name](images, severity, generator) takes float images (N,3,H,W) in [0,1], a severity of 1 to 5 and a
-torch.Generator, and returns new images of the same shape, type, range and device. All randomness comes from the
-generator; with a CPU generator the draws are the same for images on any device.
+PERTURBATIONS[name](images, severity, generator) takes float images (N,3,H,W) in [0,1], a severity
+of 1 to 5 and a torch.Generator, and returns new images of the same shape, type, range and device.
+All randomness comes from the generator; with a CPU generator the draws are the same for images of
+one type on any device. Training calls it in float32 on its device, `perturb` in float64 on the CPU.
 
-Constants that stand in CIFAR-10-C are CIFAR-10-C's (Hendrycks & Dietterich, ICLR 2019); the images are not, since
-ours are made on the fly. To add a perturbation, write a function under the decorator: every table and plot finds it.
+Lengths (of a blur, a shift, a square) are in pixels of a 32 x 32 image and scale with the images'
+height: in 16 x 16 images they are half. Constants that stand in CIFAR-10-C are CIFAR-10-C's
+(Hendrycks & Dietterich, ICLR 2019); the images are not, since ours are made on the fly. To add a
+perturbation, write a function under the decorator: every table and plot finds it.
 """
 
 import functools
@@ -20,40 +23,53 @@ import torch.nn.functional as F
 PERTURBATIONS = {}  # name -> function
 FAMILY = {}  # name -> "noise", "blur", "color" or "geometry"
 NO_SEVERITY = set()  # names whose result is the same at every severity
-BLOCK = 500  # images frozen together: part of the definition of the perturbed test set, see `perturb`
+BLOCK = 500  # images frozen together: part of the perturbed test set's definition, see `perturb`
 
 
 def perturbation(family, has_severity=True):
-    """Registers a perturbation under its function's name; checks its severity, keeps its output in [0,1]."""
+    """Registers a perturbation by its name; checks its severity, keeps its output in [0,1]."""
 
     def register(function):
+        name = function.__name__
+
         @functools.wraps(function)
         def checked(images, severity, generator):
             if severity not in (1, 2, 3, 4, 5):
-                raise ValueError(f"{function.__name__}: severity {severity!r} is not one of 1, 2, 3, 4, 5")
+                raise ValueError(f"{name}: severity {severity!r} is not one of 1, 2, 3, 4, 5")
             return function(images, int(severity) - 1, generator).clamp(0, 1)
 
-        PERTURBATIONS[function.__name__] = checked
-        FAMILY[function.__name__] = family
+        PERTURBATIONS[name] = checked
+        FAMILY[name] = family
         if not has_severity:
-            NO_SEVERITY.add(function.__name__)
+            NO_SEVERITY.add(name)
         return checked
 
     return register
 
 
-# ---- drawing: one number (or more) for every image ------------------------------------------------------------------
+# ---- sizes, and draws: one number (or more) for every image -------------------------------------
+
+
+def pixels_of_32(images, length):
+    """A length in pixels of a 32 x 32 image, in pixels of these images."""
+    return length * images.shape[2] / 32
 
 
 def uniform(images, generator, *shape, low=0.0, high=1.0):
-    """(N, *shape) uniform numbers in [low, high), drawn where the generator lives, on the images' device."""
-    draws = torch.rand(len(images), *shape, generator=generator, device=generator.device)
+    """(N, *shape) uniform numbers in [low, high) of the images' type, on their device.
+
+    They are drawn where the generator lives.
+    """
+    shape = len(images), *shape
+    draws = torch.rand(shape, generator=generator, device=generator.device, dtype=images.dtype)
     return (low + (high - low) * draws).to(images.device)
 
 
 def normal_like(images, generator):
-    """(N,3,H,W) standard normal numbers on the images' device."""
-    return torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
+    """(N,3,H,W) standard normal numbers of the images' type, on their device."""
+    shape, device = images.shape, generator.device
+    draws = torch.randn(shape, generator=generator, device=device, dtype=images.dtype)
+    return draws.to(images.device)
 
 
 def signed(images, generator, magnitude):
@@ -62,7 +78,7 @@ def signed(images, generator, magnitude):
     return torch.where(uniform(images, generator, 1, 1, 1) < 0.5, -size, size)
 
 
-# ---- noise ----------------------------------------------------------------------------------------------------------
+# ---- noise --------------------------------------------------------------------------------------
 
 
 @perturbation("noise")
@@ -73,9 +89,10 @@ def gaussian_noise(images, level, generator):
 
 @perturbation("noise")
 def shot_noise(images, level, generator):
-    """Photon noise for `photons` at full brightness, as the normal distribution of a Poisson count's variance.
+    """Photon noise for `photons` at full brightness: normal, with the variance of a Poisson count.
 
-    (A Poisson generator takes more or fewer draws as the pixels are: an image would depend on those before it.)
+    (How many draws a Poisson generator takes depends on the pixels: an image would depend on those
+    before it.)
     """
     photons = (500, 250, 100, 75, 50)[level]
     return images + (images / photons).sqrt() * normal_like(images, generator)
@@ -92,33 +109,51 @@ def salt_and_pepper(images, level, generator):
 @perturbation("noise")
 def speckle_noise(images, level, generator):
     """Noise in proportion to the pixel value: x + x·N(0, sigma²)."""
-    return images + images * (0.06, 0.10, 0.12, 0.16, 0.20)[level] * normal_like(images, generator)
+    sigma = (0.06, 0.10, 0.12, 0.16, 0.20)[level]
+    return images + images * sigma * normal_like(images, generator)
 
 
-# ---- blur and compression -------------------------------------------------------------------------------------------
+# ---- blur and compression -----------------------------------------------------------------------
 
 
 @perturbation("blur")
 def gaussian_blur(images, level, generator):
     """Gaussian blur; sigma in pixels."""
-    sigma = (0.4, 0.6, 0.7, 0.8, 1.0)[level] * uniform(images, generator, 1, 1, 1, low=0.9, high=1.1)
-    taps = torch.arange(-3.0, 4.0, device=images.device).view(7, 1, 1, 1, 1)
-    weights = torch.exp(-0.5 * (taps / sigma) ** 2)  # (7,N,1,1,1)
+    sigma = pixels_of_32(images, (0.4, 0.6, 0.7, 0.8, 1.0)[level])
+    sigma = sigma * uniform(images, generator, 1, 1, 1, low=0.9, high=1.1)
+    reach = math.ceil(pixels_of_32(images, 3))
+    taps = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    weights = torch.exp(-0.5 * (taps.view(-1, 1, 1, 1, 1) / sigma) ** 2)  # (taps,N,1,1,1)
     weights = weights / weights.sum(0)
     height, width = images.shape[2:]
-    rows = F.pad(images, (0, 0, 3, 3), mode="reflect")
+    rows = F.pad(images, (0, 0, reach, reach), mode="reflect")
     images = sum(weight * rows[:, :, k : k + height] for k, weight in enumerate(weights))
-    columns = F.pad(images, (3, 3, 0, 0), mode="reflect")
+    columns = F.pad(images, (reach, reach, 0, 0), mode="reflect")
     return sum(weight * columns[..., k : k + width] for k, weight in enumerate(weights))
 
 
 @perturbation("blur")
 def motion_blur(images, level, generator):
     """Mean of 7 copies along a line of random direction; length in pixels."""
-    length = (1.5, 2.0, 3.0, 4.0, 5.0)[level]
+    length = pixels_of_32(images, (1.5, 2.0, 3.0, 4.0, 5.0)[level])
     angle = uniform(images, generator, high=math.pi)
-    offsets = torch.linspace(-length / 2, length / 2, 7).tolist()
-    return sum(shifted(images, t * angle.cos(), t * angle.sin()) for t in offsets) / len(offsets)
+    right, down = length * angle.cos(), length * angle.sin()
+    places = [k / 6 - 0.5 for k in range(7)]  # from end to end of the line
+    return sum(shifted(images, place * right, place * down) for place in places) / 7
+
+
+def coarse(size, count, images):
+    """The (size,size) matrix that averages a line of pixels down to `count` and repeats them.
+
+    Each pixel becomes the mean over the large pixel that its center lies in. (A matrix, since
+    devices and processors differ in how they interpolate with antialiasing, if they can.)
+    """
+    pixel = torch.arange(size, device=images.device)  # from pixel to pixel + 1
+    start = (2 * pixel + 1) * count // (2 * size) * size  # of its large one; in 1/count of a pixel
+    start = start.view(-1, 1)
+    end = start + size
+    overlap = torch.minimum(end, (pixel + 1) * count) - torch.maximum(start, pixel * count)
+    return overlap.clamp(min=0).to(images.dtype) / size
 
 
 @perturbation("blur")
@@ -126,8 +161,9 @@ def pixelate(images, level, generator):
     """Averages down to fewer pixels a side (of 32), then repeats them back up."""
     height, width = images.shape[2:]
     share = (26, 22, 18, 14, 10)[level] / 32
-    small = F.interpolate(images, size=(round(share * height), round(share * width)), mode="bilinear", antialias=True)
-    return F.interpolate(small, size=(height, width), mode="nearest-exact")
+    rows = coarse(height, round(share * height), images)
+    columns = coarse(width, round(share * width), images)
+    return rows @ images @ columns.T
 
 
 @perturbation("blur")
@@ -144,10 +180,10 @@ def jpeg(images, level, generator):
 
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     compressed = torch.from_numpy(np.stack([compress(image) for image in pixels]))
-    return compressed.permute(0, 3, 1, 2).to(images.device) / 255
+    return compressed.permute(0, 3, 1, 2).to(images.device, images.dtype) / 255
 
 
-# ---- color ----------------------------------------------------------------------------------------------------------
+# ---- color --------------------------------------------------------------------------------------
 
 
 def luma(images):
@@ -166,7 +202,7 @@ def adjust_saturation(images, factor):
 
 
 def rotate_hue(images, angle):
-    """Turns the hue by `angle` (N,1,1,1), in radians, about the gray axis of RGB (Rodrigues' formula)."""
+    """Turns the hue by `angle` (N,1,1,1), in radians, about the gray axis (Rodrigues' formula)."""
     cos, sin = angle.cos(), angle.sin()
     mean = images.mean(1, keepdim=True)
     cross = (images.roll(1, 1) - images.roll(-1, 1)) / math.sqrt(3)
@@ -182,13 +218,15 @@ def brightness(images, level, generator):
 @perturbation("color")
 def contrast(images, level, generator):
     """Moves towards or away from the mean gray: factor 1 ± s."""
-    return adjust_contrast(images, 1 + signed(images, generator, (0.15, 0.3, 0.45, 0.6, 0.75)[level]))
+    strength = (0.15, 0.3, 0.45, 0.6, 0.75)[level]
+    return adjust_contrast(images, 1 + signed(images, generator, strength))
 
 
 @perturbation("color")
 def saturation(images, level, generator):
     """Moves towards or away from grayscale: factor 1 ± s."""
-    return adjust_saturation(images, 1 + signed(images, generator, (0.2, 0.4, 0.6, 0.8, 1.0)[level]))
+    strength = (0.2, 0.4, 0.6, 0.8, 1.0)[level]
+    return adjust_saturation(images, 1 + signed(images, generator, strength))
 
 
 @perturbation("color")
@@ -210,26 +248,42 @@ def grayscale(images, level, generator):
 @perturbation("color")
 def posterize(images, level, generator):
     """Keeps the highest bits of every 8-bit value: 5, 4, 3, 2, 1 of them."""
-    step = 2.0 ** (3 + level)
-    return torch.floor(to_uint8(images) / step) * step / 255
+    bits = 256 - 2 ** (3 + level)
+    return (to_uint8(images) & bits).to(images.dtype) / 255
 
 
-# ---- geometry -------------------------------------------------------------------------------------------------------
+# ---- geometry -----------------------------------------------------------------------------------
 
 
-def warp(images, matrices):
-    """Samples the images at affinely mapped places; matrices (N,2,3) as torch's affine_grid takes them."""
+def warp(images, matrices, mode="bicubic"):
+    """Samples the images at affinely mapped places; matrices (N,2,3) as torch's affine_grid takes.
+
+    Bicubic, as bilinear sampling takes as much detail as a blur, which training shall not see.
+    """
+    device = images.device
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    if mode == "bicubic" and device.type == "mps":  # Apple GPUs lack this one operator
+        images, grid = images.cpu(), grid.cpu()
+    sampled = F.grid_sample(images, grid, mode, padding_mode="reflection", align_corners=False)
+    return sampled.to(device)
+
+
+def identity(images):
+    """(N,2,3) matrices for `warp` that leave every image as it is."""
+    matrix = torch.eye(2, 3, device=images.device, dtype=images.dtype)
+    return matrix.repeat(len(images), 1, 1)
 
 
 def shifted(images, right, down):
-    """Moves every image by its own (N,) numbers of pixels."""
+    """Moves every image by its own (N,) numbers of pixels, between pixels bilinearly.
+
+    Only for blurs: it is one itself, at a third of bicubic sampling's time.
+    """
     height, width = images.shape[2:]
-    matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    matrices = identity(images)
     matrices[:, 0, 2] = -2 * right / width
     matrices[:, 1, 2] = -2 * down / height
-    return warp(images, matrices)
+    return warp(images, matrices, mode="bilinear")
 
 
 @perturbation("geometry", has_severity=False)
@@ -255,25 +309,35 @@ def rotation(images, level, generator):
 
 @perturbation("geometry")
 def translation(images, level, generator):
-    """Crops after a shift in a random direction; pixels."""
-    distance = (1, 2, 3, 4, 6)[level]
-    angle = uniform(images, generator, high=2 * math.pi)
-    return shifted(images, (distance * angle.cos()).round(), (distance * angle.sin()).round())
+    """Moves by whole pixels (at least one) in a random direction, filled up by reflection.
+
+    The distance is that of the chessboard, max(|right|, |down|), and the same for every image.
+    """
+    height, width = images.shape[2:]
+    distance = max(1, round(pixels_of_32(images, (1, 2, 3, 4, 6)[level])))
+    angle = uniform(images, generator, 1, 1, 1, high=2 * math.pi)
+    right, down = angle.cos(), angle.sin()
+    larger = torch.maximum(right.abs(), down.abs())
+    right = (distance * right / larger).round().long()
+    down = (distance * down / larger).round().long()
+    padded = F.pad(images, [distance] * 4, mode="reflect")
+    rows = torch.arange(height, device=images.device).view(-1, 1) + distance - down  # (N,1,H,1)
+    columns = torch.arange(width, device=images.device) + distance - right  # (N,1,1,W)
+    return padded.take_along_dim(rows, 2).take_along_dim(columns, 3)
 
 
 @perturbation("geometry")
 def scale(images, level, generator):
     """Zooms in or out about the center: factor 1 ± s."""
-    factor = 1 + signed(images, generator, (0.08, 0.16, 0.24, 0.32, 0.40)[level]).flatten()
-    matrices = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1) / factor.view(-1, 1, 1)
-    return warp(images, matrices)
+    factor = 1 + signed(images, generator, (0.08, 0.16, 0.24, 0.32, 0.40)[level])
+    return warp(images, identity(images) / factor.view(-1, 1, 1))
 
 
 @perturbation("geometry")
 def cutout(images, level, generator):
-    """Covers a gray square (DeVries & Taylor 2017) that lies wholly inside; its side in pixels of 32."""
+    """Covers a gray square (DeVries & Taylor 2017) that lies wholly inside; its side in pixels."""
     height, width = images.shape[2:]
-    side = round((6, 8, 10, 12, 16)[level] * height / 32)
+    side = round(pixels_of_32(images, (6, 8, 10, 12, 16)[level]))
     top = (uniform(images, generator, 1, 1, 1) * (height - side + 1)).floor()
     left = (uniform(images, generator, 1, 1, 1) * (width - side + 1)).floor()
     row = torch.arange(height, device=images.device).view(-1, 1)
@@ -282,25 +346,36 @@ def cutout(images, level, generator):
     return torch.where(hidden, 0.5, images)
 
 
-# ---- the frozen test set --------------------------------------------------------------------------------------------
+# ---- the frozen test set ------------------------------------------------------------------------
 
 
 def to_uint8(images):
-    """Float images in [0,1] as 8-bit pixels, rounded to the nearest."""
-    return (images * 255).round().to(torch.uint8)
+    """Float images in [0,1] as 8-bit pixels, rounded to the nearest.
+
+    What is a tie in exact arithmetic (the mean of two pixels, a gray of 0.299 R + ...) comes out
+    within 1e-12 of it, above or below as the processor adds up. So all from a hair below the tie
+    goes up: at that hair lies no tie, nor any other round number.
+    """
+    return (images * 255 + (0.5 + 2**-20)).to(torch.uint8)  # cuts the fraction off
 
 
 def perturb(images, name, severity):
-    """A whole uint8 set (N,3,H,W) under one perturbation: the same pixels for every model, run and batch size.
+    """A whole uint8 set (N,3,H,W) under one perturbation: the same pixels for every model, run,
+    batch size, device and processor.
 
-    Image i depends on (name, severity, i) and its own pixels alone: the set is made in blocks of 500, each from a CPU
-    generator seeded with its name and place, and a short last block is filled up before it is drawn.
+    Image i depends on (name, severity, i) and its own pixels alone: the set is made in blocks of
+    500, each from a CPU generator seeded with its name and place, and a short last block is filled
+    up before it is drawn. It is made on the CPU and in float64, whose rounding errors are far too
+    small to change an 8-bit pixel (see `to_uint8`).
     Returns uint8 (N,3,H,W) on the images' device.
     """
-    result = torch.empty_like(images)
-    for start in range(0, len(images), BLOCK):
-        block = images[start : start + BLOCK]
+    pixels = images.cpu()
+    result = torch.empty_like(pixels)
+    for start in range(0, len(pixels), BLOCK):
+        block = pixels[start : start + BLOCK]
         filled = torch.cat([block, block.new_zeros(BLOCK - len(block), *block.shape[1:])])
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {severity} {start}".encode()))
-        result[start : start + BLOCK] = to_uint8(PERTURBATIONS[name](filled / 255, severity, generator))[: len(block)]
-    return result
+        seed = zlib.crc32(f"{name} {severity} {start}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        perturbed = PERTURBATIONS[name](filled.double() / 255, severity, generator)
+        result[start : start + BLOCK] = to_uint8(perturbed)[: len(block)]
+    return result.to(images.device)
