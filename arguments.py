@@ -1,13 +1,16 @@
-"""Arguments that every part shares, with their ranges. Imports no torch, so that --help answers at once."""
+"""The command line that every part shares: arguments with their ranges, errors in one sentence."""
 
 import argparse
 import math
+import os
 import shlex
 import sys
+from pathlib import Path
 
 DATASETS = ("cifar10", "folder", "digits")
 FROM_CHECKPOINT = ("dataset", "data_dir", "train_fraction", "split_seed", "seed", "quick", "amp")
 QUICK_EPOCHS = 2
+LABEL_SMOOTHING = 0.1  # of every loss that has it; without it part 1 is overconfident
 
 
 class UsageError(Exception):
@@ -15,11 +18,22 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on: missing data, a full disk, a loss that is not finite. One sentence; exit code 1."""
+    """A run that cannot go on: missing data, a full disk. One sentence; exit code 1."""
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ---- what a part's parser is made of ------------------------------------------------------------
 
 
 def number(kind, low, high, low_open=False):
-    """An argparse type: `kind` (int or float) within [low, high], or (low, high] if `low_open`. Refuses nan and inf."""
+    """An argparse type: `kind` (int or float) within [low, high], or (low, high] if `low_open`.
+
+    It refuses nan and infinity.
+    """
     interval = f"{'(' if low_open else '['}{low}, {high}]"
 
     def parse(text):
@@ -35,58 +49,72 @@ def number(kind, low, high, low_open=False):
     return parse
 
 
-def new_parser(description):
-    """A parser that prints every default, and the module docstring as it was written."""
+def new_parser(file, description):
+    """The parser of the script `file`; prints every default, and its docstring as it is."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    return argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+    return argparse.ArgumentParser(prog=Path(file).name, description=description,
+                                   formatter_class=Formatter, allow_abbrev=False)
 
 
 def add_shared(parser):
     """Adds what every part takes: data, split, seed, device, pictures."""
-    group = parser.add_argument_group("shared by every part")
-    add = group.add_argument
-    add("--dataset", choices=DATASETS, default="cifar10", help="cifar10: torchvision's, found or downloaded; "
-        "folder: DATA_DIR/{train,test}/CLASS/*; digits: scikit-learn's, offline, for demonstration")
+    add = parser.add_argument_group("shared by every part").add_argument
+    add("--dataset", choices=DATASETS, default="cifar10",
+        help="cifar10: torchvision's, found or downloaded; folder: DATA_DIR/{train,test}/CLASS/**; "
+             "digits: scikit-learn's, offline, for demonstration")
     add("--data-dir", default="data", help="where the data set is, or is downloaded to")
     add("--results-dir", default="results", help="where every file is written")
     add("--train-fraction", type=number(float, 0, 1, low_open=True), default=0.2,
-        help="share of every class of the training set that is trained on; the rest is the evaluation split")
-    add("--split-seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of that split: the same in all parts")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, batches, augmentation, UMAP")
-    add("--batch-size", type=number(int, 2, 65536), default=64, help="training images per batch (part 4: "
-        "rounded to as many of every class, at least two)")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
+        help="share of every class of the training set that is trained on; the rest is the "
+             "evaluation split")
+    add("--split-seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="seed of that split: the same in all parts")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0,
+        help="seed of weights, batches, augmentation, UMAP")
+    add("--batch-size", type=number(int, 2, 65536), default=64,  # 128: half the steps
+        help="training images per batch (part 4: rounded to as many of every class, at least two)")
+    add("--device", default="auto",
+        help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="mixed precision; auto: bf16 unless a short trial shows it clearly slower, fp16 on older CUDA, off")
-    add("--umap-points", type=number(int, 50, 100_000), default=1000, help="images in each UMAP panel")
+        help="mixed precision; auto: bf16 unless a short trial shows it clearly slower, fp16 on "
+             "older CUDA, off")
+    add("--umap-points", type=number(int, 50, 100_000), default=1000,
+        help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
-    add("--resume", action="store_true", help="continue after the last finished epoch (part 2: condition) of the "
-        "same command")
-    add("--quick", action="store_true", help="every code path in a minute or two: 10 images of each class, 2 epochs; "
-        "all outputs are marked QUICK")
+    add("--resume", action="store_true",
+        help="continue after the last finished epoch (part 2: condition) of the same command")
+    add("--quick", action="store_true",
+        help="every code path in a minute or two: 10 images of each class, 2 epochs; all outputs "
+             "are marked QUICK")
 
 
-def add_training(parser, epochs, lr, weight_decay):
-    """Adds what every training part takes; its recipe's values are the part's own."""
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training images")
-    add("--lr", type=number(float, 0, 100, low_open=True), default=lr, help="peak learning rate of the one-cycle")
-    add("--weight-decay", type=number(float, 0, 10), default=weight_decay, help="L2 penalty of SGD, on all weights")
-    add("--compile", action="store_true", help="torch.compile the network: a minute once, then steps that "
-        "may be faster (hardly on a CPU)")
+def add_recipe(parser):
+    """Adds how every part trains: one recipe, so that parts differ in nothing but their subject."""
+    add = parser.add_argument_group("training, the same in every part").add_argument
+    add("--epochs", type=number(int, 1, 100_000), default=30,  # 27 minutes on 2 CPU cores
+        help="passes over the training images")
+    add("--lr", type=number(float, 0, 100, low_open=True), default=0.1,  # the usual with BatchNorm
+        help="peak learning rate of the one-cycle schedule")
+    add("--weight-decay", type=number(float, 0, 10), default=1e-3,  # 5e-4 is for 5 times the data
+        help="L2 penalty of SGD, on all weights")
+    add("--label-smoothing", type=number(float, 0, 0.9), default=LABEL_SMOOTHING,
+        help="probability spread over all classes in the training target (not in the Angular loss)")
+    add("--compile", action="store_true",
+        help="torch.compile the network: a minute once, then steps that may be faster, on a GPU")
 
 
 def add_no_part2(parser):
     """Lets a part that ends by calling part 2 leave that out."""
-    parser.add_argument("--no-part2", action="store_true", help="do not perturb and attack the test images afterwards "
-                        "(part2_robustness.py --checkpoint does it later)")
+    parser.add_argument("--no-part2", action="store_true",
+                        help="do not perturb and attack the test images afterwards "
+                             "(part2_robustness.py --checkpoint does it later)")
 
 
 def from_checkpoint(parser):
-    """Lets a part that tests a checkpoint take the arguments of FROM_CHECKPOINT from it, where they are not given."""
+    """Lets a part that tests a checkpoint take what is not given of FROM_CHECKPOINT from it."""
     for action in parser._actions:
         if action.dest in FROM_CHECKPOINT:
             action.default = argparse.SUPPRESS
@@ -94,7 +122,7 @@ def from_checkpoint(parser):
 
 
 def check_data_arguments(values):
-    """Raises ValueError or KeyError unless `values`, from a file, holds FROM_CHECKPOINT as the command line allows."""
+    """Raises ValueError or KeyError unless a file's `values` are what the command line allows."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_shared(parser)
     if type(values["quick"]) is not bool:
@@ -109,28 +137,96 @@ def check_data_arguments(values):
 
 
 def parse(parser, argv):
-    """The parsed arguments, with --quick applied."""
-    args = parser.parse_args(argv)
+    """The parsed arguments, with --quick applied, and `command`: a line that can be pasted."""
+    words = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    for word in words:
+        if "\0" in word or word != word.encode(errors="replace").decode():
+            parser.error(f"argument {ascii(word)} is no text here; rename the file or folder, or "
+                         "set PYTHONUTF8=1")
+    args = parser.parse_args(words)
     if "epochs" in args and args.quick:
         args.epochs = min(args.epochs, QUICK_EPOCHS)
+    args.command = shlex.join(["python", parser.prog, *words])
     return args
 
 
 def passed_on(args):
     """The arguments that parts 3 and 4 hand on to part 2, as a command line."""
-    return ["--results-dir", args.results_dir, "--batch-size", str(args.batch_size), "--device", args.device, "--amp",
-            args.amp, "--umap-points", str(args.umap_points), *["--no-umap"] * args.no_umap,
-            *["--resume"] * args.resume]
+    words = ["--results-dir", args.results_dir, "--batch-size", str(args.batch_size), "--device",
+             args.device, "--umap-points", str(args.umap_points)]
+    if args.no_umap:
+        words.append("--no-umap")
+    if args.resume:
+        words.append("--resume")
+    return words
+
+
+# ---- errors in one sentence ---------------------------------------------------------------------
+
+INTERRUPTED = "Interrupted. What is finished is kept; to continue: "
 
 
 def run(main):
-    """Runs a part from the command line: a UsageError or RunError becomes one sentence and exit code 2 or 1."""
+    """Runs a part from the command line: what stops it becomes one sentence and an exit code.
+
+    2: wrong use.  1: a run that failed.  130: Ctrl-C.  A traceback is left to bugs alone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has no ± or é
     try:
         main()
-    except (UsageError, RunError) as error:
-        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.stdout.flush()
+    except UsageError as error:
+        leave(error, 2)
+    except RunError as error:
+        leave(error, 1)
     except KeyboardInterrupt:
-        command = shlex.join(sys.argv + ["--resume"] * ("--resume" not in sys.argv))
-        print(f"\nInterrupted. What is finished is kept; to continue: python {command}", file=sys.stderr)
+        print("\n" + INTERRUPTED + resuming_command(), file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        leave("the program that read the output has ended; to continue: " + resuming_command(), 1)
+    except (MemoryError, OSError, RuntimeError) as error:
+        sentence = explained(error)
+        if not sentence:
+            raise
+        leave(sentence, 1)
+
+
+def leave(sentence, code):
+    print(f"{sys.argv[0]}: error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def explained(error):
+    """One sentence about an error of the machine; None for what must be a bug."""
+    text = first_line(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return (f"{where}{error.strerror or text}; what is finished is kept; when that is fixed, "
+                f"continue: {resuming_command()}")
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text \
+            or "ALLOC_FAILED" in text:
+        return (f"out of memory ({text[:100]}); try a smaller --batch-size, fewer --umap-points or "
+                "--attack-images, or --device cpu; what is finished is kept, --resume continues it")
+    return None
+
+
+def resuming_command():
+    words = list(sys.argv)
+    if "--resume" not in words:
+        words.append("--resume")
+    return "python " + shlex.join(words)
+
+
+def answer_ctrl_c_during_imports(kind, error, trace):
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("\n" + INTERRUPTED + resuming_command(), file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a part is being started
+    sys.excepthook = answer_ctrl_c_during_imports

@@ -1,89 +1,82 @@
-"""Part 1: how well does a ResNet18 generalize from one fifth of CIFAR-10's training data?
+"""Part 1: how well does a ResNet18 generalize from a fifth of CIFAR-10's training data?
 
-Trains with cross-entropy and no augmentation; then measures accuracy on the evaluation split (the other four fifths)
-and on the test set, and draws a UMAP of the backbone's output on both, none of which it was trained on.
+Trains with cross-entropy and without augmentation. Then measures accuracy on the evaluation split
+(the other four fifths) and on the test set, and draws a UMAP of the backbone's output on both, 512
+features an image: the network has seen none of these images.
 
     python part1_baseline.py
 
-Writes results/part1.pt, part1.csv, part1_history.csv, part1_history.png, part1_confusion.png, part1_umap.png, .npz.
+Writes results/part1.pt, .csv, .json, _history.csv, _correct.npz, and the figures _history.png,
+_confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all parts that are there,
+summary.html, summary.md, comparison.csv and comparison.png.
 """
 
 import arguments
+import checkpoints
+import common
+import report
+import summary
+
+import torch
+import torch.nn.functional as F
 
 
 def parse_args(argv=None):
-    parser = arguments.new_parser(__doc__)
+    parser = arguments.new_parser(__file__, __doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=12, lr=0.1, weight_decay=2e-3)
-    parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
-                        help="probability spread over all classes in the training target")
+    arguments.add_recipe(parser)
     return arguments.parse(parser, argv)
 
 
-if __name__ == "__main__":
-    parse_args()  # before torch is imported: --help and wrong arguments answer at once
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import common  # noqa: E402
-import report  # noqa: E402
-import summary  # noqa: E402
-
-PART = "part1"
-
-
+@checkpoints.releases_locks  # that report.start takes: one writer for a part's files
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
-    generator = common.seed_everything(args.seed, device)
+    generator = common.seed_everything(args.seed, device)  # of batches and augmentation
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
-    run = common.describe(args, PART, data, split, device, amp)
-    paths = report.start(run)
+    few = common.few_of(split)  # a small Split, for the accuracy after each epoch
+    run = report.start(args, "part1", data, split, device, amp)
 
-    model = common.Model(outputs=len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = common.Model(outputs=len(data.classes))
+    model = model.to(device, memory_format=torch.channels_last)
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
-                                                    cycle_momentum=False, div_factor=10, final_div_factor=1)
-    average = common.Average(model, split.train_images, amp, power=3)  # what is tested; step t weighs as t³
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=args.lr, total_steps=args.epochs * steps,
+        pct_start=0.2,  # warms up in a fifth of the steps
+        div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
+        cycle_momentum=False)  # which stays at 0.9
+    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
     if args.compile:
         common.compile_backbone(model, device)
 
-    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler}
-    done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume
-    for number in range(done, args.epochs):
+    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler,
+             "scaler": amp.scaler}
+    start_epoch, history = report.resume(run, state, generator)  # loads state, with --resume
+    for epoch in range(start_epoch, args.epochs):
         model.train()
         batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
-        epoch = common.Epoch(number, args.epochs, batches, steps)
-        for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
+        meter = report.EpochMeter(epoch, args.epochs, batches, steps)
+        for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             with amp.autocast():
-                logits = model(images)  # (B,C)
+                logits = model(images)  # (B, classes)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-            amp.step(loss, optimizer)
+            amp.step(loss, optimizer)  # zero_grad, backward, step
             scheduler.step()
             average.update(model)
-            epoch.add(loss, logits, labels)
-        history.append(epoch.finish(common.watch(average.measured(1000), split, amp), scheduler))
-        report.write_history(paths, history, run)
-        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
+            meter.add(loss, labels, logits)
+        averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm
+        history.append(meter.finish(common.validation_accuracy(averaged, few, amp), scheduler))
+        report.end_epoch(run, history, state, generator)
 
-    model = average.measured()
-    passes = common.predict_splits(model, split, data, amp)  # {"train", "evaluation", "test"}: (Prediction, labels)
-    rows = report.clean_rows(run, paths(".pt"), passes)
-    report.retire(paths, model)  # part 2's results of a former checkpoint
-    common.save_checkpoint(paths(".pt"), model, run | {"outputs": len(data.classes), "head": "none",
-                                                       "epoch": args.epochs, "metrics": report.headline(rows)})
-    rows += report.clean_umap(paths, run, paths(".pt"), passes)
-    report.write_rows(paths(".csv"), rows)
-    report.write_clean_correct(paths, *passes["test"])
-    report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
-    report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
-    summary.compare(paths.folder)
+    model = average.for_evaluation(split.train_images, amp)
+    predictions = common.predict_splits(model, split, data, amp)
+    rows = report.finish(run, model, predictions, history, data.repeated)
+    summary.compare(run.folder)
     return rows
 
 

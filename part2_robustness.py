@@ -1,24 +1,44 @@
 """Part 2: how robust is a trained model to perturbed and to attacked test images?
 
-Measures accuracy on the whole test set under each perturbation and severity; attacks test images with the fast
-gradient sign method (cleverhans) and audits the attack; draws the UMAP of clean, perturbed and attacked images in one
-frame; compares with the clean accuracy. Works on the checkpoint of any part.
+Measures accuracy on the whole test set under each perturbation (in the literature: corruption) and
+severity. Attacks test images with the fast gradient sign method (cleverhans), and checks the attack
+for gradient masking. Draws clean, perturbed and attacked images in one UMAP, and compares with the
+clean accuracy. Works on the checkpoint of any part.
 
     python part2_robustness.py --checkpoint results/part1.pt
 
-Writes results/part2.csv, _severities.png, _examples.png, _fgsm.png, _adversarial.png, _umap.png, .npz
-(for part 3's checkpoint results/part3_robustness.csv, and so on).
+Writes results/part2.csv, .json, _correct.npz, and the figures _severities.png, _examples.png,
+_fgsm.png, _adversarial.png, _umap.png (for part 3's checkpoint results/part3_robustness.csv …).
 """
 
-import arguments
+import contextlib
+import time
+from pathlib import Path
+from typing import NamedTuple
 
-UMAP_PERTURBATIONS = ("gaussian_noise", "gaussian_blur", "color_jitter", "vertical_flip", "rotation", "cutout")
-AUDIT_ZERO_GRADIENTS = 0.01  # share of images with no gradient at all from which robustness is an illusion
-AUDIT_PGD_LEAVES = 0.1  # accuracy under PGD at 16/255, above which a model without adversarial training hides gradients
+import arguments
+import audit
+import checkpoints
+import common
+import datasets
+import metrics
+import plots
+import report
+import summary
+from arguments import UsageError
+
+import numpy as np
+import torch
+
+UMAP_PERTURBATIONS = ("gaussian_noise", "gaussian_blur", "color_jitter", "vertical_flip",
+                      "rotation", "cutout")
+EXAMPLES = 10  # images in the pictures of examples
+AUDIT_EPS = (2, 8, 16)  # in 1/255: where all attacks are tried, if the sweep has them
+FIGURE_EPS = 8  # in 1/255: the attack that the UMAP shows, the usual one for CIFAR-10
 
 
 def parse_args(argv=None):
-    parser = arguments.new_parser(__doc__)
+    parser = arguments.new_parser(__file__, __doc__)
     arguments.add_shared(parser)
     add = parser.add_argument_group("part 2").add_argument
     add("--checkpoint", default="results/part1.pt", help="a checkpoint that a training part wrote")
@@ -26,174 +46,356 @@ def parse_args(argv=None):
         help="names from perturbations.py, or all")
     add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="1-5",
         help="severities to test, for perturbations that have one")
-    add("--cifar10c", metavar="DIR", help="also test on CIFAR-10-C: the published <corruption>.npy and labels.npy")
-    add("--eps-255", nargs="+", type=arguments.number(float, 0, 15_000), default=[0, 1, 2, 4, 8, 16], metavar="EPS",
+    add("--cifar10c", metavar="DIR",
+        help="also test on CIFAR-10-C: the folder of its <corruption>.npy and labels.npy")
+    add("--eps-255", nargs="+", type=arguments.number(float, 0, 15_000),  # L2: all pixels 14,134
+        default=[0, 1, 2, 4, 8, 16], metavar="EPS",
         help="attack strengths in 1/255 of the pixel range")
     add("--norm", choices=("inf", "2"), default="inf", help="norm that bounds the attack")
     add("--targeted", action="store_true", help="also attack towards the least likely class")
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
-        help="test images to attack, evenly spread")
+        help="test images to attack, spread evenly over the test set")
     add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=100,
-        help="of these, images for the audit with PGD")
+        help="how many of these PGD attacks as well, for the audit")
     arguments.from_checkpoint(parser)
     return arguments.parse(parser, argv)
 
 
-if __name__ == "__main__":
-    parse_args()  # before torch is imported: --help and wrong arguments answer at once
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import common  # noqa: E402
-import report  # noqa: E402
-import summary  # noqa: E402
-
-
+@checkpoints.releases_locks
 def main(argv=None):
     args = parse_args(argv)
-    device, names = common.pick_device(args.device), common.perturbation_names(args.perturbations)
+    device = common.pick_device(args.device)
+    names = perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
-    part1 = common.part1_beside(args.results_dir, meta, device)
-    published = common.cifar10c(args.cifar10c, meta["classes"], device) if args.cifar10c else ()
-    for name in arguments.FROM_CHECKPOINT:
-        setattr(args, name, getattr(args, name, meta["args"][name]))
-    if args.quick:
-        args.attack_images, args.audit_images = min(50, args.attack_images), min(10, args.audit_images)
+    take_from_checkpoint(args, meta)
+    published = ()
+    if args.cifar10c:
+        published = datasets.cifar10c(args.cifar10c, meta["classes"])
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
-    run = common.describe(args, "part2" if meta["part"] == "part1" else meta["part"], data, split, device, amp)
-    common.check_same_data(args.checkpoint, meta, run)
-    paths = report.start(run, name=report.robustness_name(meta["part"]))
-    images, labels = data.test_images, data.test_labels  # uint8 (N,3,32,32), int64 (N,)
-    attacked = common.spread(len(labels), args.attack_images)  # positions of the images to attack,
-    drawn = common.spread(len(attacked), args.umap_points)  # and, of these, of the images in the UMAP
-    shown = attacked[common.spread(len(attacked), 10)]  # and in the pictures
+    run = start(args, model, meta, data, split, device, amp)
+    attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = report.Clock()
 
-    clean = common.predict(model, images, amp)
-    clean_panel = clean.features[attacked[drawn]], labels[attacked[drawn]]
-    panels = [("clean", "test", "clean", "", *clean_panel, clean_panel)]
-    rows, correct, examples = [], {}, [("clean", images[shown])]
-
-    def record(condition, severity, predicted, truth=labels):
-        rows.append(report.accuracy_row(run, args.checkpoint, "test", condition, severity, "own", predicted, truth))
-        correct[f"{condition}/{severity}"] = report.correct(predicted, truth)
-
-    record("clean", "", clean.logits.argmax(1))
-    conditions = [(n, s) for n in names for s in (args.severities if n not in common.NO_SEVERITY else [""])]
-    identity = common.identity(run, device) | {"--checkpoint with the weights": common.digest(model),
-                                               "--umap-points": args.umap_points}
-    done = common.finished(paths("_state.pt"), run, identity, device)  # {} without --resume
-    for name, severity in report.progress(conditions, "perturbations"):
-        perturbed = common.perturb(images, name, severity or 1)  # the same pixels for every model
-        strongest = severity in ("", max(args.severities))
-        if (name, severity) not in done:
-            logits, features = common.predict(model, perturbed, amp)
-            in_umap = strongest and name in UMAP_PERTURBATIONS
-            done[name, severity] = logits.argmax(1), features[attacked[drawn]] if in_umap else None
-            common.save_finished(paths("_state.pt"), identity, done)
-        predicted, features = done[name, severity]
-        record(name, severity, predicted)
-        title = f"{name} {severity}".replace("_", " ").strip()
-        if strongest:
-            examples.append((title, perturbed[shown]))
-        if features is not None:
-            panels.append((title, "test", name, severity, features, clean_panel[1], clean_panel))
-    for name, severity, corrupted, truth in published:
-        record(name, severity, common.predict(model, corrupted, amp).logits.argmax(1), truth)
+    clean = common.predict(model, data.test_images, amp, data.test_labels)
+    tested = test_perturbations(args, run, model, data, amp, names, clean, attack_idx)
+    test_published(tested, run, model, published, amp)
     clock.stop("perturbations")
 
-    audit, attack_rows, right, eps_255, features, adversarial = attack(
-        args, run, model, common.to_float(images[attacked]), labels[attacked], part1)
-    rows, correct = rows + attack_rows, correct | right
-    panels.append((f"FGSM {eps_255}/255", "test", report.ATTACKS[args.norm][0], eps_255, features[drawn],
-                   clean_panel[1], clean_panel))
+    images = common.to_float(data.test_images[attack_idx])
+    part1 = part1_beside(args.results_dir, meta, device)
+    attacked = attack(args, run, model, images, data.test_labels[attack_idx], part1)
     clock.stop("attacks")
 
-    rows += report.umap_panels(paths, run, args.checkpoint, panels)
-    clock.stop("UMAP")
-    report.write_rows(paths(".csv"), rows)
-    report.write_arrays(paths("_correct.npz"), command=run["command"], part1=common.digest(part1), **correct)
-    paths("_state.pt").unlink(missing_ok=True)
-    report.plot_severities(paths("_severities.png"), rows, run)
-    report.plot_examples(paths("_examples.png"), examples, run, f"Perturbations at severity {max(args.severities)}")
-    report.plot_examples(paths("_adversarial.png"), adversarial, run, "FGSM: attacked images")
-    report.plot_attack(paths("_fgsm.png"), rows, run, args.norm, audit)
-    clock.stop("tables and plots")
-    report.print_accuracies(f"{args.checkpoint} on the test set", rows)
-    report.print_table("Audit of the attack", ("check", "found", "passed"),
-                       [(name, found, "yes" if passed else "NO") for name, found, passed, _ in audit])
+    rows = finish(args, run, tested, attacked, part1)
+    clock.stop("UMAP, tables, figures")
     clock.print()
-    summary.compare(paths.folder)
+    summary.compare(run.folder)
     return rows
 
 
-def attack(args, run, model, images, labels, part1=None):
-    """The FGSM sweep and its audit, in float32, on images (n,3,32,32) in [0,1] with their true labels.
+# ---- what is tested, and where the results go ---------------------------------------------------
 
-    part1: the model whose adversarial images are tried as well.  Returns the audit [(check, found, passed, n)], rows,
-    which images are right at each eps, the eps_255 nearest above 8 with its features (n,512), and examples to show.
+
+def perturbation_names(names):
+    """The perturbations that `names` stands for, each once. Raises UsageError for unknown ones."""
+    if "all" in names:
+        return list(common.PERTURBATIONS)
+    for name in names:
+        if name not in common.PERTURBATIONS:
+            raise UsageError(f"--perturbations: no perturbation is called {name!r}; there are all, "
+                             + ", ".join(common.PERTURBATIONS))
+    return list(dict.fromkeys(names))
+
+
+def take_from_checkpoint(args, meta):
+    """Takes what the command line leaves open from the checkpoint: data, split, seed, precision."""
+    for name in arguments.FROM_CHECKPOINT:
+        if name not in args:
+            setattr(args, name, meta["args"][name])
+    if args.amp == "auto":
+        args.amp = meta["amp"]  # what it was trained with, not what is fastest here and now
+    if args.quick:
+        args.attack_images = min(50, args.attack_images)
+        args.audit_images = min(10, args.audit_images)
+
+
+def start(args, model, meta, data, split, device, amp):
+    """The run, its own files and the tested part's locked.
+
+    Raises UsageError if the data are not those of the checkpoint, or if the results directory holds
+    this part with other weights.
     """
-    norm = np.inf if args.norm == "inf" else 2
+    for key, ours in (("classes", list(data.classes)), ("split_hash", split.hash)):
+        if meta[key] != ours:
+            what = "classes" if key == "classes" else "data or split"
+            raise UsageError(f"{args.checkpoint} was trained on the {what} {meta[key]}, this run "
+                             f"has {ours}; leave out --dataset, --data-dir, --train-fraction, "
+                             "--split-seed and --quick to use its own")
+    part = meta["part"]
+    weights = common.weights_hash(model)
+    checkpoints.lock(args.results_dir, part)  # no training may replace it from here on
+    table = Path(args.results_dir) / f"{part}.csv"
+    for row in report.read_table(table):
+        if row["weights"] != weights:
+            raise UsageError(f"{table} is of the weights {row['weights']}, but {args.checkpoint} "
+                             f"holds {weights}; give another --results-dir, or end the training "
+                             f"of {part} with --resume first")
+    return report.start(args, part, data, split, device, amp, report.robustness_name(part),
+                        Path(args.checkpoint).as_posix(), weights)
+
+
+def part1_beside(folder, meta, device):
+    """Part 1's model in a results directory, for another part's checkpoint; None without one."""
+    path = Path(folder) / "part1.pt"
+    if meta["part"] == "part1":
+        return None
+    try:
+        model, theirs = common.load_checkpoint(path, device)
+        if theirs["split_hash"] == meta["split_hash"]:
+            return model
+        reason = f"{path} is of another data set or split"
+    except UsageError as error:
+        reason = error
+    print(f"No transfer attack with part 1's adversarial images: {reason}")
+    return None
+
+
+# ---- perturbations ------------------------------------------------------------------------------
+
+
+class Tested(NamedTuple):
+    """The results of the perturbations."""
+
+    rows: list
+    correct: dict  # "test/condition/severity" → booleans (N,)
+    panels: list  # of the UMAP
+    examples: list  # (title, images)
+
+
+def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
+    """Accuracy and calibration on the whole test set, clean and under every perturbation."""
+    images, labels = data.test_images, data.test_labels  # uint8 (N,3,S,S), int64 (N,)
+    umap_idx = attack_idx[common.evenly_spaced(len(attack_idx), args.umap_points)]
+    example_idx = attack_idx[common.evenly_spaced(len(attack_idx), EXAMPLES)]
+    of_umap = clean.features[umap_idx]
+    panel = report.Panel("clean", "test", "clean", "", of_umap, labels[umap_idx], of_umap)
+    tested = Tested([], {}, [panel], [("clean", images[example_idx])])
+    record(tested, run, "clean", "", clean.logits.argmax(1), labels,
+           metrics.calibration_error(clean.logits, labels))
+
+    state = run.path("_state.pt")
+    identity = run.identity | {"--checkpoint with the weights": run.weights,
+                               "--umap-points": args.umap_points}
+    finished = checkpoints.resume_finished(state, args.resume, identity, run.device)
+    began = time.perf_counter()
+    conditions = list_conditions(names, args.severities)
+    for i, (name, severity) in enumerate(report.progress(conditions, "perturbations")):
+        perturbed = common.perturb(images, name, severity or 1)  # the same pixels for every model
+        strongest = severity in ("", max(args.severities))
+        if (name, severity) not in finished:
+            logits, features, _ = common.predict(model, perturbed, amp)
+            calibration_error = metrics.calibration_error(logits, labels)
+            some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
+            finished[name, severity] = (logits.argmax(1), calibration_error, some)
+            checkpoints.save_finished(state, identity, finished)
+        predicted, calibration_error, features = finished[name, severity]
+        record(tested, run, name, severity, predicted, labels, calibration_error)
+        title = f"{name} {severity}".replace("_", " ").strip()
+        if strongest:
+            tested.examples.append((title, perturbed[example_idx]))
+        if features is not None:
+            tested.panels.append(report.Panel(title, "test", name, str(severity), features,
+                                              labels[umap_idx], of_umap))
+        if i == 0 and len(conditions) > 2 and not args.resume:
+            seconds = (time.perf_counter() - began) * (len(conditions) - 1)
+            print(f"about {report.duration(seconds)} for the other {len(conditions) - 1} "
+                  "conditions, then the attacks", flush=True)
+    return tested
+
+
+def list_conditions(names, severities):
+    """[(name, severity)], severity "" for perturbations that have none."""
+    conditions = []
+    for name in names:
+        if name in common.NO_SEVERITY:
+            conditions.append((name, ""))
+        else:
+            conditions += [(name, severity) for severity in severities]
+    return conditions
+
+
+def record(tested, run, condition, severity, predicted, labels, calibration_error):
+    """Adds one condition's accuracy, calibration error, and which images are right."""
+    tested.rows.append(report.accuracy_row(run, "test", condition, severity, "own", predicted,
+                                           labels))
+    tested.rows.append(report.row(run, "test", condition, severity, "own", "calibration_error",
+                                  calibration_error, len(labels)))
+    tested.correct[f"test/{condition}/{severity}"] = report.correct(predicted, labels)
+
+
+def test_published(tested, run, model, published, amp):
+    """Adds CIFAR-10-C's conditions, where they are given."""
+    for name, severity, images, labels in published:
+        images = torch.from_numpy(images).to(run.device)
+        labels = torch.from_numpy(labels).to(run.device)
+        logits = common.predict(model, images, amp).logits
+        record(tested, run, name, severity, logits.argmax(1), labels,
+               metrics.calibration_error(logits, labels))
+
+
+# ---- the attack ---------------------------------------------------------------------------------
+
+
+class Attacked(NamedTuple):
+    """The results of the attacks."""
+
+    rows: list
+    correct: dict  # "test/condition/eps" → booleans (n,)
+    audit: list  # of audit.Check
+    features: torch.Tensor  # (n,512) under FGSM at `eps_255`
+    eps_255: float
+    labels: torch.Tensor
+    examples: list  # (title, images)
+
+
+def attack(args, run, model, images, labels, part1=None):
+    """The FGSM sweep and its audit, in float32, on images (n,3,H,W) in [0,1], true labels (n,).
+
+    part1: the model whose adversarial images are tried as well.
+    """
+    names = audit.attack_names(args.norm)
+    largest = max(audit.PGD_AT_LEAST[args.norm], *args.eps_255)  # must leave next to nothing
+    sweep = sorted({0, *args.eps_255, largest})  # 0 must change nothing
+    audited = sorted({largest, *AUDIT_EPS}.intersection(sweep))
+    few = common.evenly_spaced(len(labels), args.audit_images)
     float32 = common.Amp("off", images.device)
-    sweep = sorted({int(e) if e == int(e) else e for e in [0, *args.eps_255]})
-    fgsm, pgd, random_noise = report.ATTACKS[args.norm]
-    few, clean = common.spread(len(labels), args.audit_images), common.predict(model, images, float32).logits
+    clean = common.predict(model, images, float32).logits
+    directions = make_directions(args, names, model, images, labels, clean, part1)
 
-    def row(condition, eps_255, prediction, truth):
-        return report.accuracy_row(run, args.checkpoint, "test", condition, eps_255, "own", prediction, truth)
-
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
-    directions = {  # of eps 1: none depends on eps, so each serves the whole sweep
-        fgsm: common.fgsm_direction(model, images, labels, norm),  # true labels: the attack that counts
-        f"{fgsm}_predicted": common.fgsm_direction(model, images, clean.argmax(1), norm),
-        random_noise: noise.sign() if norm == np.inf else noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)}
-    target = clean.argmin(1)  # the least likely class
-    if args.targeted:
-        directions[f"{fgsm}_targeted"] = common.fgsm_direction(model, images, target, norm, targeted=True)
-    if part1 is not None:
-        directions[f"{fgsm}_from_part1"] = common.fgsm_direction(part1, images, labels, norm)
-    rows, examples, largest, predicted, features = [], [], 0.0, {}, None
-    at = next((e for e in sweep if e >= 8), sweep[-1])
-    for eps_255, name in report.progress([(e, n) for e in sweep for n in directions if e or n == fgsm], "FGSM"):
+    predicted = {}  # (attack, eps in 1/255) → labels (n,), or (len(few),) of PGD
+    features = {}
+    examples = []
+    excess = 0.0  # largest |delta| - eps
+    plan = plan_sweep(names, directions, sweep, audited)
+    for name, eps_255 in report.progress(plan, "FGSM"):
         eps = eps_255 / 255
         adversarial = (images + eps * directions[name]).clamp(0, 1)
-        logits, found = common.predict(model, adversarial, float32)
+        logits, features[name, eps_255], _ = common.predict(model, adversarial, float32)
         predicted[name, eps_255] = logits.argmax(1)
-        rows.append(row(name, eps_255, predicted[name, eps_255], labels))
-        largest = max(largest, (adversarial - images).flatten(1).norm(norm, dim=1).max().item() - eps)
-        if name == fgsm:
-            features = found if eps_255 == at else features
-            examples.append((f"FGSM {eps_255:g}/255", adversarial[common.spread(len(labels), 10)]))
-        if name == f"{fgsm}_targeted":
-            rows.append(row(name, eps_255, logits.argmax(1), target) | {"metric": "target class reached"})
-    for eps_255 in report.progress(sorted({2, 8, 16}.intersection(sweep) or sweep[-1:]), "PGD"):
-        adversarial = common.pgd(model, images[few], labels[few], eps_255 / 255, norm)
-        predicted[pgd, eps_255] = common.predict(model, adversarial, float32).logits.argmax(1)
-        rows.append(row(pgd, eps_255, predicted[pgd, eps_255], labels[few]))
+        size = (adversarial - images).flatten(1).norm(p_norm(args.norm), dim=1).max().item()
+        excess = max(excess, size - eps)
+        if name == names.fgsm:
+            some = common.evenly_spaced(len(labels), EXAMPLES)
+            examples.append((f"FGSM {eps_255:g}/255", adversarial[some]))
+    for eps_255 in report.progress(audited, "PGD"):
+        for name, victim in ((names.pgd, model), (f"{names.pgd}_unit", common.UnitLogits(model))):
+            adversarial = common.pgd(victim, images[few], labels[few], eps_255 / 255,
+                                     p_norm(args.norm))
+            logits = common.predict(model, adversarial, float32).logits
+            predicted[name, eps_255] = logits.argmax(1)
 
-    zero = (directions[fgsm].flatten(1).abs().amax(1) == 0).float().mean().item()
-    changed = int((predicted[fgsm, 0] != clean.argmax(1)).sum())
-    audit = [("|delta| is at most eps", f"{largest * 255:+.1e}/255", largest < 1e-6, len(labels)),
-             ("few images without a gradient", f"{zero:.2%}", zero < AUDIT_ZERO_GRADIENTS, len(labels)),
-             ("eps 0 equals clean", f"{changed} differ", changed == 0, len(labels))]
-    for name, eps_255 in (key for key in predicted if key[0] in (pgd, random_noise) and key[1] > 0):
-        some = few if name == pgd else slice(None)
-        mine, other = ((p == labels[some]).float().mean().item()
-                       for p in (predicted[fgsm, eps_255][some], predicted[name, eps_255]))
-        audit.append((f"{name} {eps_255:g}/255 is {'stronger' if name == pgd else 'weaker'} than FGSM",
-                      f"{report.percent(other)} against {report.percent(mine)} %",
-                      other <= mine if name == pgd else other >= mine, len(labels[some])))
-        if (name, eps_255) == ("pgd", 16):
-            audit.append(("pgd 16/255 leaves next to nothing", f"{other:.1%}", other <= AUDIT_PGD_LEAVES, len(few)))
-    facts = [("share of images without a gradient", zero, len(labels)),
-             ("largest |delta| beyond eps, 1/255", largest * 255, len(labels)),
-             *((f"audit: {name}", float(passed), n) for name, _, passed, n in audit)]
-    rows += [report.row(run, args.checkpoint, "test", fgsm, "", "own", *fact) for fact in facts]
-    right = {f"{name}/{eps}": report.correct(p, labels) for (name, eps), p in predicted.items() if name == fgsm}
-    return audit, rows, right, at, features, examples
+    right = {}
+    for (name, eps_255), found in predicted.items():
+        truth = labels[few] if name.startswith(names.pgd) else labels
+        right[name, eps_255] = found == truth
+    no_gradient = (directions[names.fgsm].flatten(1).abs().amax(1) == 0).float().mean().item()
+    changed = int((predicted[names.fgsm, 0] != clean.argmax(1)).sum())
+    checks = audit.audit_attacks(names, right, few, audited, no_gradient, excess, changed)
+
+    rows = attack_rows(args, run, names, predicted, labels, few, clean.argmin(1))
+    rows += audit.worst_case_rows(run, names, right, few, sweep)
+    rows.append(report.row(run, "test", names.fgsm, "", "own", "share of images without a gradient",
+                           no_gradient, len(labels)))
+    for check in checks:
+        rows.append(report.row(run, "test", names.fgsm, "", "own", f"audit: {check.name}",
+                               float(check.passed), check.n))
+    at = min(eps for eps in sweep if eps >= FIGURE_EPS)
+    kept = {f"test/{name}/{eps:g}": found.cpu().numpy() for (name, eps), found in right.items()}
+    return Attacked(rows, kept, checks, features[names.fgsm, at], at, labels, examples)
+
+
+def p_norm(norm):
+    return np.inf if norm == "inf" else 2
+
+
+def make_directions(args, names, model, images, labels, clean, part1):
+    """{attack: step of eps 1}; none depends on eps, so each serves the whole sweep."""
+    norm = p_norm(args.norm)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    if args.norm == "inf":
+        noise = noise.sign()
+    else:
+        noise = noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    unit = common.UnitLogits(model)
+    directions = {
+        names.fgsm: common.fgsm_direction(model, images, labels, norm),  # the reported attack
+        f"{names.fgsm}_unit": common.fgsm_direction(unit, images, labels, norm),
+        f"{names.fgsm}_predicted": common.fgsm_direction(model, images, clean.argmax(1), norm),
+        names.random: noise}
+    if args.targeted:
+        directions[f"{names.fgsm}_targeted"] = common.fgsm_direction(
+            model, images, clean.argmin(1), norm, targeted=True)
+    if part1 is not None:
+        directions[f"{names.fgsm}_from_part1"] = common.fgsm_direction(part1, images, labels, norm)
+    return directions
+
+
+def plan_sweep(names, directions, sweep, audited):
+    """[(attack, eps)]: FGSM at every eps, the others where they are compared with it."""
+    plan = [(names.fgsm, eps) for eps in sweep]
+    for name in directions:
+        if name == f"{names.fgsm}_unit":
+            plan += [(name, eps) for eps in sweep if eps > 0]
+        elif name != names.fgsm:
+            plan += [(name, eps) for eps in audited]
+    return plan
+
+
+def attack_rows(args, run, names, predicted, labels, few, target):
+    """The accuracy rows of every attack and eps."""
+    rows = []
+    for (name, eps), found in predicted.items():
+        truth = labels[few] if name.startswith(names.pgd) else labels
+        rows.append(report.accuracy_row(run, "test", name, f"{eps:g}", "own", found, truth))
+        if name == f"{names.fgsm}_targeted":
+            rows.append(report.accuracy_row(run, "test", name, f"{eps:g}", "own", found, target,
+                                            "target class reached"))
+    return rows
+
+
+# ---- tables and figures -------------------------------------------------------------------------
+
+
+def finish(args, run, tested, attacked, part1):
+    """Writes tables, then figures; prints them; returns the rows."""
+    names = audit.attack_names(args.norm)
+    umap_idx = common.evenly_spaced(len(attacked.labels), args.umap_points)
+    clean = tested.panels[0]
+    panel = report.Panel(f"FGSM {attacked.eps_255:g}/255", "test", names.fgsm,
+                         f"{attacked.eps_255:g}", attacked.features[umap_idx], clean.labels,
+                         clean.features)
+    panels = [*tested.panels, panel]
+    measured = report.umap_rows(run, panels)
+    rows = [*tested.rows, *attacked.rows, *measured]
+    report.write_record(run)
+    report.write_rows(run.path(".csv"), rows)
+    report.write_correct(run, tested.correct | attacked.correct, common.weights_hash(part1))
+    strongest = f"Perturbations at severity {max(args.severities)}"
+    failed = [check.name for check in attacked.audit if not check.passed]
+    plots.severities(run.path("_severities.png"), rows, run)
+    plots.examples(run.path("_examples.png"), tested.examples, run, strongest)
+    plots.examples(run.path("_adversarial.png"), attacked.examples, run, "FGSM: attacked images")
+    plots.attack(run.path("_fgsm.png"), rows, run, args.norm, failed)
+    report.draw_umap(run, panels, measured)
+    report.print_accuracies(f"{args.checkpoint} on the test set", rows)
+    report.print_table("Audit of the attack", ("check", "found", "passed"),
+                       [(check.name, check.found, "yes" if check.passed else "NO")
+                        for check in attacked.audit])
+    with contextlib.suppress(OSError):  # last: a run killed before does not start anew
+        run.path("_state.pt").unlink()
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,123 +1,145 @@
 """Part 3: what does perturbed training data change?
 
-Part 1's training on images that are perturbed anew in every epoch; then all that parts 1 and 2 measure. Families of
-perturbations that are in training count as seen, the others (common.HELD_OUT_FAMILIES) as held out.
+Trains as part 1 does, on images that are perturbed anew in every epoch; then measures what parts 1
+and 2 measure. Blur and compression are never trained on (common.HELD_OUT_FAMILIES): does robustness
+carry over to them?
 
-    python part3_augmented.py
+    python part3_augmented.py                     (crop and flip alone: --families none)
 
-Writes what part 1 and part 2 write, as results/part3* and results/part3_robustness*.
+Writes what parts 1 and 2 write, as results/part3* and results/part3_robustness*
+(part3_crop_flip* with --families none).
 """
 
 import arguments
+import checkpoints
+import common
+import part2_robustness
+import report
+import summary
+
+import torch
+import torch.nn.functional as F
+
+SHARES = {"noise": 1, "color": 1, "geometry": 4}  # of 16 images; the other 10: crop and flip alone
 
 
 def parse_args(argv=None):
-    parser = arguments.new_parser(__doc__)
+    parser = arguments.new_parser(__file__, __doc__)
     arguments.add_shared(parser)
-    arguments.add_training(parser, epochs=30, lr=0.1, weight_decay=1e-3)
-    parser.add_argument("--label-smoothing", type=arguments.number(float, 0, 0.9), default=0.1,
-                        help="probability spread over all classes in the training target")
+    arguments.add_recipe(parser)
+    parser.add_argument("--families", nargs="+", choices=("none", *common.SEEN_FAMILIES),
+                        default=common.SEEN_FAMILIES, help="families of perturbations to train on; "
+                        "none: crop and flip alone")
     arguments.add_no_part2(parser)
-    return arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv)
+    if "none" in args.families and len(args.families) > 1:
+        parser.error("argument --families: none stands alone")
+    args.families = tuple(name for name in common.SEEN_FAMILIES if name in args.families)
+    return args
 
 
-if __name__ == "__main__":
-    parse_args()  # before torch is imported: --help and wrong arguments answer at once
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import common  # noqa: E402
-import part2_robustness  # noqa: E402
-import report  # noqa: E402
-import summary  # noqa: E402
-
-PART = "part3"
-SHARE = {"noise": 1, "color": 1, "geometry": 4}  # of 16 training images, so many get a perturbation of the family
-
-
-def crop_and_flip(images, generator, padding=4):
-    """A random crop of every reflection-padded image, half of them mirrored; images (B,3,H,W) of any type."""
+def crop_and_flip(images, generator):
+    """A random crop of every padded image, mirrored by chance; images (B,3,H,W) of any type."""
     n, _, height, width = images.shape
-    padded = F.pad(images, [padding] * 4, mode="reflect")
+    padding = height // 8  # 4 pixels of 32, as He et al. 2016 (who pad with zeros)
+    padded = F.pad(images, (padding, padding, padding, padding), mode="reflect")
     top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator, device=images.device)
     flip = torch.rand(n, 1, generator=generator, device=images.device) < 0.5
     row = torch.arange(height, device=images.device)
     column = torch.arange(width, device=images.device)
     rows = top + row  # (B,H)
     columns = left + torch.where(flip, width - 1 - column, column)  # (B,W)
-    image = torch.arange(n, device=images.device).view(n, 1, 1)
-    return padded.permute(0, 2, 3, 1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+    index = torch.arange(n, device=images.device).view(n, 1, 1)
+    pixels = padded.permute(0, 2, 3, 1)[index, rows.unsqueeze(2), columns.unsqueeze(1)]
+    return pixels.permute(0, 3, 1, 2)  # back from (B,H,W,3)
 
 
-def augment(images, generator, step):
-    """Perturbs a training batch, float (B,3,32,32) in [0,1] in random order: every image is cropped and mirrored at
-    random; for each of the seen families SHARE/16 of them get a perturbation of it, with the step's turn of its members
-    (but for the mirror, which half of all images have) and severities."""
+def augment(images, generator, step, families=common.SEEN_FAMILIES):
+    """Perturbs the images of a shuffled training batch, float (B,3,H,W) in [0,1].
+
+    Every image is cropped and mirrored at random. The first of them get noise, the next a change of
+    color, the next one of geometry (SHARES), each step another of the family's perturbations; when
+    all had their turn, the next severity.
+    """
     images = crop_and_flip(images, generator)
-    groups = list(images.chunk(16))
-    families = [family for family in common.SEEN_FAMILIES for _ in range(SHARE.get(family, 1))]
-    for i, family in enumerate(families[: len(groups)]):
-        names = [n for n in common.PERTURBATIONS if common.FAMILY[n] == family and n != "horizontal_flip"]
-        turn, member = divmod(step + i, len(names))
-        groups[i] = common.PERTURBATIONS[names[member]](groups[i], 1 + turn % 5, generator)
-    return torch.cat(groups)
+    start = 0
+    share = 0
+    for family in families:
+        share += SHARES[family]
+        end = round(len(images) * share / 16)
+        names = members(family)
+        turn, member = divmod(step, len(names))
+        severity = 1 + turn % 5
+        if end > start:  # a small batch may have no image for the family
+            perturb = common.PERTURBATIONS[names[member]]
+            images[start:end] = perturb(images[start:end], severity, generator)
+        start = end
+    return images
 
 
+def members(family):
+    """A family's perturbations but for horizontal_flip, which crop_and_flip does already."""
+    return [name for name in common.PERTURBATIONS
+            if common.FAMILY[name] == family and name != "horizontal_flip"]
+
+
+def part_name(args):
+    """What this run's files are called."""
+    return "part3" if args.families else "part3_crop_flip"
+
+
+@checkpoints.releases_locks  # that report.start takes: one writer for a part's files
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
-    generator = common.seed_everything(args.seed, device)
+    generator = common.seed_everything(args.seed, device)  # of batches and augmentation
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
-    run = common.describe(args, PART, data, split, device, amp)
-    paths = report.start(run)
+    few = common.few_of(split)  # a small Split, for the accuracy after each epoch
+    run = report.start(args, part_name(args), data, split, device, amp)
 
-    model = common.Model(outputs=len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = common.Model(outputs=len(data.classes))
+    model = model.to(device, memory_format=torch.channels_last)
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
                                 weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.21,
-                                                    cycle_momentum=False, div_factor=10, final_div_factor=100)
-    average = common.Average(model, split.train_images, amp, power=24)  # what is tested; step t weighs as t²⁴
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=args.lr, total_steps=args.epochs * steps,
+        pct_start=0.2,  # warms up in a fifth of the steps
+        div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
+        cycle_momentum=False)  # which stays at 0.9
+    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
     if args.compile:
         common.compile_backbone(model, device)
 
-    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler, "scaler": amp.scaler}
-    done, history = common.resume(paths("_state.pt"), run, state, generator)  # (0, []) without --resume
-    for number in range(done, args.epochs):
+    state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler,
+             "scaler": amp.scaler}
+    start_epoch, history = report.resume(run, state, generator)  # loads state, with --resume
+    for epoch in range(start_epoch, args.epochs):
         model.train()
         batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
-        epoch = common.Epoch(number, args.epochs, batches, steps)
-        for images, labels in epoch:  # uint8 (B,3,32,32), int64 (B,)
+        meter = report.EpochMeter(epoch, args.epochs, batches, steps)
+        for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
-            images = augment(images, generator, scheduler.last_epoch)
+            images = augment(images, generator, scheduler.last_epoch, args.families)
             with amp.autocast():
-                logits = model(images)  # (B,C)
+                logits = model(images)  # (B, classes)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-            amp.step(loss, optimizer)
+            amp.step(loss, optimizer)  # zero_grad, backward, step
             scheduler.step()
             average.update(model)
-            epoch.add(loss, logits, labels)
-        history.append(epoch.finish(common.watch(average.measured(1000), split, amp), scheduler))
-        report.write_history(paths, history, run)
-        common.save_state(paths("_state.pt"), run, number + 1, history, state, generator)
+            meter.add(loss, labels, logits)
+        averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm
+        history.append(meter.finish(common.validation_accuracy(averaged, few, amp), scheduler))
+        report.end_epoch(run, history, state, generator)
 
-    model = average.measured()
-    passes = common.predict_splits(model, split, data, amp)  # {"train", "evaluation", "test"}: (Prediction, labels)
-    rows = report.clean_rows(run, paths(".pt"), passes)
-    report.retire(paths, model)  # part 2's results of a former checkpoint
-    common.save_checkpoint(paths(".pt"), model, run | {"outputs": len(data.classes), "head": "none",
-                                                       "epoch": args.epochs, "metrics": report.headline(rows)})
-    rows += report.clean_umap(paths, run, paths(".pt"), passes)
-    report.write_rows(paths(".csv"), rows)
-    report.write_clean_correct(paths, *passes["test"])
-    report.plot_confusion(paths("_confusion.png"), *passes["test"], run)
-    report.print_accuracies(f"{run['part']}: {args.epochs} epochs, averaged weights", rows)
-    summary.compare(paths.folder)
+    model = average.for_evaluation(split.train_images, amp)
+    predictions = common.predict_splits(model, split, data, amp)
+    rows = report.finish(run, model, predictions, history, data.repeated)
+    summary.compare(run.folder)
     if not args.no_part2:
-        rows += part2_robustness.main(["--checkpoint", str(paths(".pt")), *arguments.passed_on(args)])
+        rows += part2_robustness.main(["--checkpoint", run.checkpoint, *arguments.passed_on(args)])
     return rows
 
 

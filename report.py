@@ -1,165 +1,145 @@
-"""Tables and plots: rows of results, the CSV files they go into, figures, and the comparison of all parts."""
+"""What a part writes: the record of its run, rows, CSV files, and tables on the terminal."""
 
 import csv
+import importlib.metadata
+import json
 import math
+import platform
+import shutil
+import subprocess
 import sys
-import textwrap
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
+import checkpoints
+import common
+import metrics
+import plots
+from arguments import RunError, UsageError, first_line
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
-
-COLUMNS = ("part", "dataset", "split", "condition", "severity", "head", "metric", "value", "ci_low", "ci_high", "n",
-           "seed", "split_hash", "checkpoint")
-MODELS = dict(zip(common.PARTS, ("cross-entropy", "augmented", "angular", "angular, augmented"), strict=True))
-PART_COLORS = dict(zip(MODELS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))  # Okabe & Ito 2008
-CLASS_COLORS = ("#CC6677", "#332288", "#B8A030", "#117733", "#56B4E9", "#882255", "#44AA99", "#6A6A00", "#AA4499",
-                "#777777")  # Paul Tol's "muted", its two palest darkened
-ATTACKS = {"inf": ("fgsm", "pgd", "random_sign"), "2": ("fgsm_l2", "pgd_l2", "random_l2")}  # by norm
-VARIANTS = {"predicted": "predicted labels", "targeted": "least likely class",  # of FGSM, after its name
-            "from_part1": "made on part 1"}
-LOCKS = {}  # path -> open file
-NEIGHBOURS = 20  # of the k-nearest-neighbour measures
-
-
-# ---- rows and files -------------------------------------------------------------------------------------------------
+COLUMNS = ("part", "dataset", "split", "condition", "severity", "head", "metric", "value", "ci_low",
+           "ci_high", "n", "seed", "split_hash", "checkpoint", "weights")
+LABELS = {"part1": "cross-entropy", "part3": "augmented", "part3_crop_flip": "crop and flip",
+          "part4": "Angular", "part4_augmented": "Angular, augmented",
+          "part4_proxies": "Angular + proxies",
+          "part4_proxies_augmented": "Angular + proxies, augmented"}
+LOSSES = {"angular": "Angular", "arcface": "ArcFace", "cosface": "CosFace",
+          "sphereface": "SphereFace"}
+ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", "_severities.png",
+                    "_examples.png", "_fgsm.png", "_adversarial.png", "_umap.png", "_umap.npz")
+REWRITE = "move it away; its part writes it anew"
+PACKAGES = ("torch", "torchvision", "numpy", "cleverhans", "umap-learn")
 
 
-class Paths(NamedTuple):
-    """The files of one part."""
+# ---- the run ------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a part: where its files are, and what all its rows have in common."""
+
+    part: str  # whose model it is about: one of common.PARTS
+    name: str  # what its files are called: "part1", "part2", "part3_robustness" …
     folder: Path
-    name: str
+    checkpoint: str
+    weights: str  # hash of the tested weights; "" until they are there
+    dataset: str
+    classes: tuple
+    sizes: dict  # images of training, evaluation, test
+    split_hash: str
+    seed: int
+    args: dict
+    command: str
+    versions: dict
+    device: torch.device
+    device_name: str
+    amp: str
 
-    def __call__(self, ending):
+    def path(self, ending):
         return self.folder / f"{self.name}{ending}"
 
+    @property
+    def label(self):
+        return label(self.part, self.args)
 
-def start(run, name=None):
-    """Prints the header of a part. Raises UsageError if its results directory holds another study's results."""
-    folder = Path(run["args"]["results_dir"])
-    for row in read_all(folder):
-        for key, what in (("dataset", "data set"), ("split_hash", "split")):
-            if row[key] != run[key]:
-                raise common.UsageError(f"{folder} holds results on the {what} {row[key]}, this run is on {run[key]}; "
-                                        "give another --results-dir, or remove the old results")
-    lock(folder, name or run["part"])
-    sizes = ", ".join(f"{n:,} {name}" for name, n in run["sizes"].items())
-    print(f"{run['part']}: {run['dataset']}, {len(run['classes'])} classes; images: {sizes}; "
-          f"split {run['split_hash']}, seed {run['seed']}\ndevice {run['device']}; mixed precision {run['amp']}",
-          flush=True)
-    return Paths(folder, name or run["part"])
+    @property
+    def identity(self):
+        """What a resumed run must have in common with its first half."""
+        return checkpoints.identity(self.args, self.amp, self.device, self.split_hash)
 
-
-def lock(folder, name):
-    """Holds this process's claim on the files of one part until it ends. Raises UsageError if another has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    path = folder / f".{name}.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 - open until the process ends
-    except OSError as error:
-        raise common.RunError(f"cannot write to {folder}: {error.strerror}; choose another --results-dir") from None
-    LOCKS.pop(path, None)  # a second run in the same process, as tests and notebooks have it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise common.UsageError(f"another run is writing {folder}/{name}.*; wait for it, or give another "
-                                "--results-dir") from None
-    LOCKS[path] = file
-    for left in folder.glob(f".{name}_state-*.pt"):  # by a run that was killed while it wrote
-        left.unlink()
+    def record(self):
+        """The run as plain values, for its checkpoint and its JSON file."""
+        values = asdict(self)
+        for name in ("folder", "name"):
+            del values[name]
+        values["classes"] = list(self.classes)
+        values["device"] = values.pop("device_name")
+        return values
 
 
-def retire(paths, model):
-    """Removes part 2's results of the part's former checkpoint, unless it holds the very weights of `model`."""
-    try:
-        former = common.load_checkpoint(paths(".pt"), "cpu")[0].state_dict()
-    except common.UsageError:
-        former = {}
-    now = model.state_dict()
-    if former.keys() != now.keys() or any(not torch.equal(former[k], now[k].cpu()) for k in now):
-        for path in paths.folder.glob(f"{robustness_name(paths.name)}[._]*"):
-            path.unlink()
+def label(part, args):
+    """What a part's model is called: its loss and its training images."""
+    text = LABELS[part].replace("Angular", LOSSES[args.get("loss", "angular")])
+    families = args.get("families")
+    if part == "part3" and families and set(families) != set(common.SEEN_FAMILIES):
+        text += f": {', '.join(families)}"
+    return text
 
 
-def row(run, checkpoint, split, condition, severity, head, metric, value, n, interval=("", "")):
-    """One fact. value and interval are fractions where the metric is an accuracy."""
-    return dict(zip(COLUMNS, (run["part"], run["dataset"], split, condition, severity, head, metric, value, *interval,
-                              n, run["seed"], run["split_hash"], Path(checkpoint).as_posix()), strict=True))
+def start(args, part, data, split, device, amp, name=None, checkpoint=None, weights=""):
+    """The Run of a part, its files locked; prints the header.
 
-
-def accuracy_row(run, checkpoint, split, condition, severity, head, predicted, labels):
-    """The accuracy of predicted labels (N,) with its Wilson interval."""
-    n, correct = len(labels), int((predicted == labels).sum())
-    return row(run, checkpoint, split, condition, severity, head, "accuracy", correct / n, n,
-               common.wilson_interval(correct, n))
-
-
-def clean_rows(run, checkpoint, passes):
-    """Everything that is measured on unperturbed images.
-
-    passes: {"train" | "evaluation" | "test": (Prediction, labels)}. The heads class_means, knn and probe are fitted on
-    the training images' 512-d features, the same way in every part, to tell the loss from the head.
+    Raises UsageError if the results directory holds another study's results, or a file that no part
+    wrote under the name of one; RunError if it cannot be written to.
     """
-    (train, train_labels), classes, rows = passes["train"], run["classes"], []
-    means = common.class_means(train.features, train_labels, len(classes))
-    for split in ("evaluation", "test"):
-        (logits, features), labels = passes[split]
-        predicted = logits.argmax(1)
-        heads = {"own": predicted,
-                 "class_means": (F.normalize(features, dim=1) @ means.T).argmax(1),
-                 "knn": common.knn_predict(train.features, train_labels, features, NEIGHBOURS),
-                 "probe": common.probe_predict(train.features, train_labels, features)}
-        rows += [accuracy_row(run, checkpoint, split, "clean", "", head, p, labels) for head, p in heads.items()]
-        rows.append(row(run, checkpoint, split, "clean", "", "own", "calibration_error",
-                        common.calibration_error(logits, labels), len(labels)))
-        for c, name in enumerate(classes):
-            rows.append(accuracy_row(run, checkpoint, split, "clean", "", "own", predicted[labels == c],
-                                     labels[labels == c]) | {"metric": f"accuracy of {name}"})
-    return rows
+    folder = Path(args.results_dir)
+    values = {key: value for key, value in vars(args).items() if key != "command"}
+    sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels),
+             "test": len(data.test_labels)}
+    name = name or part
+    checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
+    run = Run(part, name, folder, checkpoint, weights, data.name, data.classes, sizes, split.hash,
+              args.seed, values, args.command, versions(), device, device_name(device), amp.name)
+    for row in read_all(folder):
+        if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
+            raise UsageError(f"{folder} holds results on {row['dataset']}, split "
+                             f"{row['split_hash']}; this run is on {run.dataset}, split "
+                             f"{run.split_hash}; give another --results-dir, or move the old "
+                             "results away")
+    for each in common.PARTS:  # what is damaged is said now, not by the comparison at the end
+        for file in (each, robustness_name(each)):
+            read_record(folder, file)
+            read_correct(folder, file)
+    checkpoints.lock(folder, name)
+    numbers = ", ".join(f"{n:,} {what}" for what, n in sizes.items())
+    print(f"{name}: {data.name}, {len(data.classes)} classes; images: {numbers}; split "
+          f"{split.hash}, seed {args.seed}\ndevice {run.device_name}; mixed precision {amp.name}",
+          flush=True)
+    return run
 
 
-def headline(rows):
-    """The accuracies of a checkpoint's own head, as its meta keeps them."""
-    return {r["split"]: r["value"] for r in rows if r["head"] == "own" and r["metric"] == "accuracy"}
+def versions():
+    """{package: version} of what computes, with Python's and, in a checkout, the commit."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found["python"] = platform.python_version()
+    if shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                             capture_output=True, encoding="utf-8", errors="replace", check=False)
+        if git.returncode == 0:
+            found["commit"] = git.stdout.strip()
+    return found
 
 
-def write_rows(path, rows):
-    """Writes rows (dicts of the same keys) as CSV, complete or not at all; floats to 6 digits."""
-    with common.atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-
-
-def write_arrays(path, **arrays):
-    """Writes a compressed .npz, complete or not at all."""
-    with common.atomic(path) as temporary:
-        np.savez_compressed(temporary, **arrays)
-
-
-def write_history(paths, history, run):
-    write_rows(paths("_history.csv"), [{"dataset": run["dataset"], "seed": run["seed"]} | h for h in history])
-    plot_history(paths("_history.png"), history, run)
-
-
-def correct(predicted, labels):
-    """Which images are classified right, as an array of booleans (N,): what tests on the same images need."""
-    return (predicted == labels).cpu().numpy()
-
-
-def write_clean_correct(paths, prediction, labels):
-    """Writes which clean test images are classified right."""
-    write_arrays(paths("_correct.npz"), **{"clean/": correct(prediction.logits.argmax(1), labels)})
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {platform.machine()}"
 
 
 def robustness_name(part):
@@ -167,30 +147,420 @@ def robustness_name(part):
     return "part2" if part == "part1" else f"{part}_robustness"
 
 
-def read_all(folder):
-    """The rows of every part's tables in `folder`."""
-    rows = []
-    for model in MODELS:
-        for name in (model, robustness_name(model)):
-            path = Path(folder) / f"{name}.csv"
-            if path.exists():
-                with open(path, newline="") as file:
-                    rows += csv.DictReader(file)
+def spelled(value):
+    """An argument's value as the command line has it."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def row(run, split, condition, severity, head, metric, value, n, interval=("", "")):
+    """One fact. value and interval are fractions where the metric is an accuracy."""
+    return {"part": run.part, "dataset": run.dataset, "split": split, "condition": condition,
+            "severity": str(severity), "head": head, "metric": metric, "value": value,
+            "ci_low": interval[0], "ci_high": interval[1], "n": n, "seed": run.seed,
+            "split_hash": run.split_hash, "checkpoint": run.checkpoint, "weights": run.weights}
+
+
+def accuracy_row(run, split, condition, severity, head, predicted, labels, metric="accuracy"):
+    """The accuracy of predicted labels (N,) with its Wilson interval."""
+    n = len(labels)
+    correct = int((predicted == labels).sum())
+    return row(run, split, condition, severity, head, metric, correct / n, n,
+               metrics.wilson_interval(correct, n))
+
+
+def clean_rows(run, predictions, repeated):
+    """Everything that is measured on unperturbed images.
+
+    predictions: {"train" | "evaluation" | "test": Prediction}.  The heads class_means, knn and
+    probe are fitted on the training images' 512-d features, the same way in every part, to tell the
+    loss from the head.  repeated: test images that are training images, too.
+    """
+    train = predictions["train"]
+    means = metrics.class_means(train.features, train.labels, len(run.classes))
+    k = metrics.neighbours_for(train.labels)
+    rows = [accuracy_row(run, "train", "clean", "", "own", train.logits.argmax(1), train.labels)]
+    for split in ("evaluation", "test"):
+        logits, features, labels = predictions[split]
+        predicted = logits.argmax(1)
+        nearest_mean = (F.normalize(features, dim=1) @ means.T).argmax(1)
+        neighbours = metrics.knn_predict(train.features, train.labels, features, k)
+        probe = metrics.probe_predict(train.features, train.labels, features)
+        rows += [accuracy_row(run, split, "clean", "", "own", predicted, labels),
+                 accuracy_row(run, split, "clean", "", "class_means", nearest_mean, labels),
+                 accuracy_row(run, split, "clean", "", "knn", neighbours, labels),
+                 accuracy_row(run, split, "clean", "", "probe", probe, labels),
+                 calibration_row(run, split, "clean", "", logits, labels)]
+        for c, name in enumerate(run.classes):
+            mine = labels == c
+            rows.append(accuracy_row(run, split, "clean", "", "own", predicted[mine], labels[mine],
+                                     f"accuracy of {name}"))
+    rows.append(row(run, "test", "clean", "", "", "images that are training images, too", repeated,
+                    run.sizes["test"]))
     return rows
 
 
-def progress(items, title):
+def calibration_row(run, split, condition, severity, logits, labels):
+    error = metrics.calibration_error(logits, labels)
+    return row(run, split, condition, severity, "own", "calibration_error", error, len(labels))
+
+
+def headline(rows):
+    """The accuracies of a checkpoint's own head, as its meta keeps them."""
+    return {r["split"]: r["value"] for r in rows if (r["head"], r["metric"]) == ("own", "accuracy")}
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    """Writes rows (dicts of the same keys) as CSV, complete or not at all; floats to 6 digits."""
+    with checkpoints.atomic(path) as temporary, open(temporary, "w", newline="",
+                                                     encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for values in rows:
+            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
+                             for key, value in values.items()})
+
+
+def write_text(path, text):
+    with checkpoints.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_record(run):
+    """Writes the run as JSON: its command, arguments, versions, weights."""
+    write_text(run.path(".json"), json.dumps(run.record(), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_record(folder, name):
+    """The dict that `write_record` wrote, or None where there is none. Raises UsageError."""
+    path = Path(folder) / f"{name}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for key, kind in (("args", dict), ("command", str), ("weights", str), ("versions", dict)):
+            if type(record[key]) is not kind:
+                raise ValueError(f"{key} is {record[key]!r}")
+        return record
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{path}: not the record of a run ({first_line(error)}); "
+                         f"{REWRITE}") from None
+
+
+def read_table(path):
+    """The rows of a table that a part wrote, with numbers as numbers; [] where there is none.
+
+    severity stays text: "", "3", or eps in 1/255.  Raises UsageError for any other file.
+    """
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                found = ", ".join(reader.fieldnames or ["none"])
+                raise ValueError(f"its columns are {found[:100]}")
+            return [typed(values) for values in reader]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, csv.Error, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: not a table that this code wrote ({first_line(error)}); "
+                         f"{REWRITE}") from None
+
+
+def typed(values):
+    """A row of text with numbers as numbers. Raises ValueError or TypeError for what is no row."""
+    if None in values or None in values.values():
+        raise ValueError("a row has too many or too few cells")
+    row = dict(values)
+    row["value"] = float(row["value"])
+    row["n"] = int(row["n"])
+    row["seed"] = int(row["seed"])
+    for name in ("ci_low", "ci_high"):
+        row[name] = float(row[name]) if row[name] else ""
+    if row["severity"]:
+        float(row["severity"])
+    if row["part"] not in common.PARTS:
+        raise ValueError(f"part {row['part']!r}")
+    for name in ("split_hash", "weights"):
+        if len(row[name]) != 12 or not set(row[name]) <= set("0123456789abcdef"):
+            raise ValueError(f"{name} {row[name]!r}")
+    if row["metric"].startswith("accuracy") and not 0 <= row["value"] <= 1:
+        raise ValueError(f"an accuracy of {row['value']}")
+    if row["metric"] == "accuracy" and "" in (row["ci_low"], row["ci_high"]):
+        raise ValueError("an accuracy without its interval")
+    return row
+
+
+def read_all(folder):
+    """The rows of every part's tables in `folder`."""
+    rows = []
+    for part in common.PARTS:
+        rows += read_table(Path(folder) / f"{part}.csv")
+        rows += read_table(Path(folder) / f"{robustness_name(part)}.csv")
+    return rows
+
+
+class Correct(NamedTuple):
+    """Which images a model classifies right: {"split/condition/severity": booleans (N,)}."""
+
+    weights: str
+    part1: str  # hash of the part 1 whose adversarial images were tried, or "none"
+    images: dict
+
+
+def write_correct(run, images, part1="none"):
+    """Writes a Correct as .npz, complete or not at all."""
+    with checkpoints.atomic(run.path("_correct.npz")) as temporary:
+        np.savez_compressed(temporary, weights=run.weights, part1=part1, **images)
+
+
+def read_correct(folder, name):
+    """The Correct that `write_correct` wrote, or None where there is none. Raises UsageError."""
+    path = Path(folder) / f"{name}_correct.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = {key: file[key] for key in file.files if "/" in key}
+            if any(array.dtype != bool or array.ndim != 1 for array in images.values()):
+                raise ValueError("arrays that are no booleans")
+            return Correct(str(file["weights"]), str(file["part1"]), images)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # a damaged archive can fail anywhere in zlib and numpy
+        raise UsageError(f"{path}: not what a part wrote ({first_line(error)}); "
+                         f"{REWRITE}") from None
+
+
+def correct(predicted, labels):
+    """Which images are classified right, as booleans (N,): what tests on the same images need."""
+    return (predicted == labels).cpu().numpy()
+
+
+def resume(run, state, generator):
+    """Where a training starts: (start_epoch, history); (0, []) without --resume."""
+    return checkpoints.resume(run.path("_state.pt"), run.args["resume"], run.identity,
+                              run.args["epochs"], state, generator)
+
+
+def end_epoch(run, history, state, generator):
+    """Saves the training's state and the table of its epochs so far."""
+    checkpoints.save_state(run.path("_state.pt"), run.identity, len(history), history, state,
+                           generator)
+    write_rows(run.path("_history.csv"),
+               [{"dataset": run.dataset, "seed": run.seed} | values for values in history])
+
+
+def retire(run):
+    """Removes part 2's results of a part's former weights, by their exact names, and says so."""
+    name = robustness_name(run.part)
+    former = {row["weights"] for row in read_table(run.folder / f"{name}.csv")}
+    if former <= {run.weights}:
+        return
+    checkpoints.remove([run.folder / f"{name}{ending}" for ending in ROBUSTNESS_FILES],
+                       f"as of the former weights {', '.join(sorted(former))}")
+
+
+# ---- what every training part does after its loop -----------------------------------------------
+
+
+def finish(run, model, predictions, history, repeated):
+    """Writes all that a training part leaves, the hardest to replace first; returns its rows.
+
+    Checkpoint, record and tables, then figures, none of which can end the run.
+    """
+    run = replace(run, weights=checkpoints.weights_hash(model))
+    rows = clean_rows(run, predictions, repeated)
+    head = "class_means" if isinstance(model.head, common.ClassMeans) else "none"
+    common.save_checkpoint(run.path(".pt"), model, run.record() | {
+        "outputs": model.backbone.fc.out_features, "head": head, "epoch": len(history),
+        "metrics": headline(rows)})
+    write_record(run)
+    test, evaluation = predictions["test"], predictions["evaluation"]
+    write_correct(run, {
+        "evaluation/clean/": correct(evaluation.logits.argmax(1), evaluation.labels),
+        "test/clean/": correct(test.logits.argmax(1), test.labels)})
+    panels = []
+    for split, title in (("evaluation", "evaluation split, clean"), ("test", "test set, clean")):
+        some = common.evenly_spaced(run.sizes[split], run.args["umap_points"])
+        features = predictions[split].features[some]
+        labels = predictions[split].labels[some]
+        panels.append(Panel(title, split, "clean", "", features, labels, features))
+    measured = umap_rows(run, panels)
+    rows += measured
+    write_rows(run.path(".csv"), rows)
+    retire(run)
+    plots.history(run.path("_history.png"), history, run)
+    plots.confusion(run.path("_confusion.png"), test.logits.argmax(1), test.labels, run)
+    draw_umap(run, panels, measured)
+    print_accuracies(f"{run.part} ({run.label}): {len(history)} epochs, averaged weights", rows)
+    return rows
+
+
+class Panel(NamedTuple):
+    """One panel of a UMAP: features (n,512) of images with labels (n,), and of the same, clean."""
+
+    title: str
+    split: str
+    condition: str
+    severity: str
+    features: torch.Tensor
+    labels: torch.Tensor
+    clean_features: torch.Tensor
+
+    @property
+    def k(self):
+        return metrics.neighbours_for(self.labels, not_itself=True)
+
+
+def umap_rows(run, panels):
+    """What the maps show, measured in 512 dimensions, where models can be compared.
+
+    The neighbour measure asks the clean images of the panel, the image itself left out; where the
+    smallest class has one image it is nan.
+    """
+    rows = []
+    for panel in panels:
+        place = (run, panel.split, panel.condition, panel.severity)
+        width = metrics.silhouette(panel.features, panel.labels)
+        if panel.k > 0:
+            nearest = metrics.knn_predict(panel.clean_features, panel.labels, panel.features,
+                                          panel.k, not_itself=True)
+            rows.append(accuracy_row(*place, "knn", nearest, panel.labels,
+                                     f"{panel.k}-NN accuracy in 512-d"))
+        else:
+            rows.append(row(*place, "knn", "k-NN in 512-d: a class has one image", math.nan,
+                            len(panel.labels)))
+        rows.append(row(*place, "", "silhouette in 512-d", width, len(panel.labels)))
+    return rows
+
+
+def draw_umap(run, panels, measured):
+    """One UMAP fit for all panels of a model: picture and coordinates. A failure costs only them.
+
+    measured: the panels' `umap_rows`, two of each, for the titles.
+    """
+    files = [run.path("_umap.npz"), run.path("_umap.png")]
+    if run.args["no_umap"]:
+        checkpoints.remove(files, "as --no-umap makes no new ones")
+        return
+    try:
+        features = torch.cat([panel.features for panel in panels])
+        coordinates = common.umap_coordinates(features, run.seed)
+    except Exception as error:  # numba and umap-learn raise whatever they like
+        print(f"UMAP failed ({type(error).__name__}: {first_line(error)}); no picture, the numbers "
+              "stand")
+        checkpoints.remove(files, "as of a former run")
+        return
+    drawn = []
+    start = 0
+    for i, panel in enumerate(panels):
+        neighbours, silhouette = measured[2 * i], measured[2 * i + 1]
+        found = []
+        if panel.k > 0:
+            found.append(f"{panel.k}-NN {percent(neighbours['value'])} %")
+        if math.isfinite(silhouette["value"]):
+            found.append(f"silhouette {silhouette['value']:.2f}")
+        title = f"{panel.title}\n{', '.join(found)}"
+        end = start + len(panel.labels)
+        drawn.append(plots.Panel(title, coordinates[start:end], panel.labels.cpu().numpy()))
+        start = end
+    try:
+        with checkpoints.atomic(files[0]) as temporary:
+            np.savez_compressed(
+                temporary, coordinates=coordinates, weights=run.weights,
+                label=np.concatenate([panel.labels for panel in drawn]),
+                panel=np.repeat([panel.title for panel in panels], [len(p.labels) for p in drawn]))
+    except RunError as error:
+        print(f"{error}; the tables stand")
+    plots.umap(files[1], drawn, run)
+
+
+# ---- the terminal -------------------------------------------------------------------------------
+
+
+class EpochMeter:
+    """Iterates over an epoch's batches, and sums what its history row needs without a sync.
+
+    The bar counts the steps of the whole run; after the first steps one line says how long that is.
+    """
+
+    def __init__(self, epoch, epochs, batches, steps):
+        self.epoch = epoch
+        self.left = (epochs - epoch) * steps
+        title = f"epoch {epoch + 1:3d}/{epochs}"
+        self.bar = progress(batches, title, total=epochs * steps, initial=epoch * steps)
+        self.loss = 0.0
+        self.correct = 0
+        self.images = 0
+        self.steps = 0
+        self.rate = math.nan
+
+    def __iter__(self):
+        start = time.perf_counter()
+        for batch in self.bar:
+            yield batch
+            if self.steps == FIRST_STEPS and self.epoch == 0 and self.left > 20 * FIRST_STEPS:
+                float(self.loss)  # waits for the device, once a run
+                seconds = (time.perf_counter() - start) / self.steps * self.left
+                print(f"about {duration(seconds)} for {self.left:,} steps", flush=True)
+            if not self.bar.disable and self.steps % 10 == 0:  # waits only where a person watches
+                self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
+        self.rate = self.images / (time.perf_counter() - start)
+        self.loss = float(self.loss) / self.steps
+        if not math.isfinite(self.loss):
+            raise RunError(f"the loss became {self.loss} in epoch {self.epoch + 1}; try a lower "
+                           "--lr or --amp off")
+
+    def add(self, loss, labels, logits=None):
+        """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C)."""
+        self.loss = self.loss + loss.detach()
+        self.steps += 1
+        self.images += len(labels)
+        if logits is None:
+            self.correct = math.nan
+        else:
+            self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
+
+    def finish(self, validation_accuracy, scheduler):
+        """The epoch's history row; prints it."""
+        train_accuracy = float(self.correct) / self.images
+        train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
+        print(f"epoch {self.epoch + 1:3d}  loss {self.loss:6.3f}  {train}evaluation "
+              f"{validation_accuracy:.3f}  {self.rate:6.0f} images/s", flush=True)
+        return {"epoch": self.epoch + 1, "loss": self.loss, "train_accuracy": train_accuracy,
+                "eval_accuracy": validation_accuracy, "lr": scheduler.get_last_lr()[0]}
+
+
+FIRST_STEPS = 10  # after which a run can be timed
+
+
+def progress(items, title, total=None, initial=0):
     """The items, with a progress bar where a person watches."""
     from tqdm import tqdm
 
-    return tqdm(items, title, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(items, title, total, leave=False, initial=initial, unit="step",
+                disable=not sys.stderr.isatty())
+
+
+def duration(seconds):
+    """Seconds in the unit a person would use."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 class Clock:
     """Adds up the seconds of each stage."""
 
     def __init__(self):
-        self.stages, self.last = [], time.perf_counter()
+        self.stages = []
+        self.last = time.perf_counter()
 
     def stop(self, stage):
         now = time.perf_counter()
@@ -203,231 +573,26 @@ class Clock:
 
 def print_table(title, header, rows):
     """An aligned table on the terminal; the first column to the left, the others to the right."""
-    widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
+    lines = [[str(cell) for cell in line] for line in [header, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     print(f"\n{title}")
-    for line in [header, *rows]:
-        first, *others = (str(cell) for cell in line)
-        print("  " + first.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(others, widths[1:],
-                                                                                       strict=True)))
+    for line in lines:
+        text = "  " + line[0].ljust(widths[0])
+        for cell, width in zip(line[1:], widths[1:], strict=True):
+            text += "  " + cell.rjust(width)
+        print(text)
 
 
 def percent(value):
-    return f"{100 * float(value):.1f}"
+    return f"{100 * value:.1f}"
 
 
 def print_accuracies(title, rows):
-    print_table(title, ("condition", "split", "head", "accuracy %", "95 % interval", "n"), [
-        (r["condition"] + (f" {r['severity']}" if r["severity"] != "" else ""), r["split"], r["head"],
-         percent(r["value"]), f"{percent(r['ci_low'])} - {percent(r['ci_high'])}", r["n"])
-        for r in rows if r["metric"] == "accuracy"])
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-
-def pyplot():
-    """matplotlib, drawing to files; imported only when something is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.25, "legend.frameon": False, "savefig.dpi": 160, "figure.dpi": 100})
-    return plt
-
-
-def save(figure, path, caption=""):
-    """Writes a figure, complete or not at all, with a caption below it."""
-    if caption:
-        text = textwrap.fill(caption, int(figure.get_figwidth() * 15))
-        figure.text(0.5, -0.01, text, ha="center", va="top", fontsize=8, color="#444444")
-    with common.atomic(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", metadata={"Software": None})
-    pyplot().close(figure)
-
-
-def plot_history(path, history, run):
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
-    epochs = [h["epoch"] for h in history]
-    left.plot(epochs, [h["loss"] for h in history], color="#0072B2")
-    left.set(xlabel="epoch", ylabel="training loss", xlim=(0, None))
-    for key, label, color in (("train_accuracy", "training batches", "#0072B2"),
-                              ("eval_accuracy", "some evaluation images, averaged weights", "#D55E00")):
-        if not all(math.isnan(h[key]) for h in history):
-            right.plot(epochs, [100 * h[key] for h in history], color=color, label=label)
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100), xlim=(0, None))
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    save(figure, path, f"{run['part']} on {run['dataset']}, seed {run['seed']}: training loss and accuracy.")
-
-
-def plot_confusion(path, prediction, labels, run):
-    plt = pyplot()
-    predicted = prediction.logits.argmax(1)
-    classes = run["classes"]
-    counts = np.zeros((len(classes), len(classes)), int)
-    np.add.at(counts, (labels.cpu().numpy(), predicted.cpu().numpy()), 1)
-    share = 100 * counts / counts.sum(1, keepdims=True)
-    figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    for (i, j), value in np.ndenumerate(share):
-        if round(value):
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                      color="white" if value > 55 else "black")
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    axes.grid(False)
-    save(figure, path, f"{run['part']} on {run['dataset']}, test set: share of each true class (%), n = {len(labels)}.")
-
-
-def clean_umap(paths, run, checkpoint, passes):
-    """The UMAP of evaluation and test images, none of which was trained on; returns its rows."""
-    panels = []
-    for split in ("evaluation", "test"):
-        prediction, labels = passes[split]
-        some = common.spread(len(labels), run["args"]["umap_points"])
-        clean = prediction.features[some], labels[some]
-        panels.append((f"{split} split, clean" if split == "evaluation" else "test set, clean", split, "clean", "",
-                       *clean, clean))
-    return umap_panels(paths, run, checkpoint, panels)
-
-
-def umap_panels(paths, run, checkpoint, panels, ending="_umap", columns=4):
-    """One UMAP fit for all panels of a model: picture, coordinates, and 512-d measures as rows.
-
-    panels: [(title, split, condition, severity, features (n,512), labels (n,), clean)], where `clean` is the panel's
-    images' own clean (features, labels): the neighbour measure asks the clean images, the image itself left out.
-    A failure inside UMAP costs the picture, never the rows.
-    """
-    rows, titles = [], []
-    for title, split, condition, severity, features, labels, (clean_features, clean_labels) in panels:
-        nearest = common.knn_predict(clean_features, clean_labels, features, NEIGHBOURS, not_itself=True)
-        width = common.silhouette(features, labels)
-        rows += [accuracy_row(run, checkpoint, split, condition, severity, "knn", nearest, labels)
-                 | {"metric": f"{NEIGHBOURS}-NN accuracy in 512-d"},
-                 row(run, checkpoint, split, condition, severity, "", "silhouette in 512-d", width, len(labels))]
-        titles.append(f"{title}\n20-NN {percent(rows[-2]['value'])} %, silhouette {width:.2f}")
-    for left in (paths(f"{ending}.png"), paths(f"{ending}.npz")):  # of a former model
-        left.unlink(missing_ok=True)
-    if not run["args"]["no_umap"]:
-        labels = [p[5].cpu().numpy() for p in panels]
-        try:
-            features = torch.cat([p[4] for p in panels])
-            coordinates = common.umap_coordinates(features, run["seed"])
-            points = np.split(coordinates, np.cumsum([len(p[4]) for p in panels])[:-1])
-            write_arrays(paths(f"{ending}.npz"), coordinates=coordinates, label=np.concatenate(labels),
-                         panel=np.repeat([p[0] for p in panels], [len(p) for p in points]))
-            plot_scatters(paths(f"{ending}.png"), titles, points, labels, run, columns)
-        except common.RunError:  # a full disk
-            raise
-        except Exception as error:  # numba and umap-learn raise whatever they like
-            print(f"UMAP failed ({type(error).__name__}: {error}); no picture, the numbers stand")
-    return rows
-
-
-def plot_scatters(path, titles, points, labels, run, columns):
-    """Small multiples in one frame: same axes and colours, class names in the legend."""
-    plt = pyplot()
-    columns = min(columns, len(points))
-    lines = math.ceil(len(points) / columns)
-    classes = run["classes"]
-    colors = CLASS_COLORS if len(classes) <= 10 else plt.get_cmap("hsv")(np.linspace(0, 0.95, len(classes)))
-    size = (2.5 if columns > 2 else 3.6)
-    figure, grid = plt.subplots(lines, columns, figsize=(size * columns, size * lines + 0.5), squeeze=False,
-                                sharex=True, sharey=True, layout="constrained")
-    low, high = np.percentile(np.concatenate(points), (0.2, 99.8), axis=0)
-    margin = 0.06 * (high - low)
-    for axes, title, xy, y in zip(grid.flat, titles, points, labels, strict=False):
-        order = np.random.RandomState(0).permutation(len(y))  # no class lies on top of the others
-        axes.scatter(*xy[order].T, c=[colors[c] for c in y[order]], s=5 if columns < 3 else 3, linewidths=0, alpha=0.8)
-        axes.set_title(title, fontsize=8)
-        axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_box_aspect(1)
-    for axes in list(grid.flat)[len(points):]:
-        axes.set_visible(False)
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=name)
-               for color, name in zip(colors, classes, strict=False)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5 if columns < 3 else 10, len(classes)),
-                  fontsize=8, handletextpad=0.1, columnspacing=1.0)
-    save(figure, path, f"{run['part']} on {run['dataset']}: UMAP of the backbone's 512-d output, n = {len(points[0])} "
-         "images a panel, all panels in one fit. The axes have no unit; maps of different models are not comparable, "
-         "the 512-d measures above the panels are.")
-
-
-def plot_examples(path, rows, run, what):
-    """One row of images (n,3,H,W), uint8 or float in [0,1], for each title. rows: [(title, images)]."""
-    plt, gap = pyplot(), 2  # pixels of white between images
-
-    def line(images):
-        pixels = images.cpu() / 255 if images.dtype == torch.uint8 else images.cpu()
-        return F.pad(pixels, (0, gap, 0, gap), value=1.0).permute(2, 0, 3, 1).flatten(1, 2)  # (H+gap, n·(W+gap), 3)
-
-    picture = torch.cat([line(images) for _, images in rows])[:-gap, :-gap]
-    n, height = len(rows[0][1]), rows[0][1].shape[2]
-    figure, axes = plt.subplots(figsize=(0.75 * n + 1.6, 0.76 * len(rows) + 0.2), layout="constrained")
-    axes.imshow(picture.numpy(), interpolation="nearest")
-    axes.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], [title for title, _ in rows])
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.grid(False)
-    save(figure, path, f"{what}, {run['dataset']}.")
-
-
-def plot_severities(path, rows, run):
-    """Accuracy under every perturbation, a line each, the severities as points from light to dark."""
-    plt = pyplot()
-    rows = [r for r in rows if r["metric"] == "accuracy"]
-    clean = next(r for r in rows if r["condition"] == "clean")
-    names = [n for n in common.PERTURBATIONS if any(r["condition"] == n for r in rows)][::-1]
-    figure, axes = plt.subplots(figsize=(6.4, 0.24 * len(names) + 1.1), layout="constrained")
-    axes.axvline(100 * clean["value"], color="#777777", linestyle="--", linewidth=1, label="clean")
-    shades = plt.get_cmap("viridis_r")
-    for y, name in enumerate(names):
-        mine = [r for r in rows if r["condition"] == name]
-        axes.plot([100 * r["value"] for r in mine], [y] * len(mine), color="#BBBBBB", linewidth=1, zorder=1)
-        for r in mine:
-            severity = r["severity"] or "none"
-            below, above = 100 * (r["value"] - r["ci_low"]), 100 * (r["ci_high"] - r["value"])
-            axes.errorbar(100 * r["value"], y, xerr=[[below], [above]], color="#000000" if severity == "none" else
-                          shades(severity / 5), marker="o", markersize=4, capsize=2, linestyle="",
-                          label=f"severity {severity}")
-    axes.set_yticks(range(len(names)), [
-        f"{n.replace('_', ' ')} ({common.FAMILY[n]}{', held out' * (common.FAMILY[n] in common.HELD_OUT_FAMILIES)})"
-        for n in names])
-    axes.set(xlabel="test accuracy (%)", xlim=(0, 100), ylim=(-0.7, len(names) - 0.3))
-    entries = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))  # each label once
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), fontsize=8)
-    save(figure, path, f"{run['part']} on {run['dataset']}, whole test set, n = {clean['n']}, with 95 % intervals. "
-         "Held out: families that part 3 never trains on.")
-
-
-def plot_attack(path, rows, run, norm, audit):
-    """Accuracy over eps under FGSM, beside PGD and random signs of the same eps, and what the audit found."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
-    fgsm, pgd, random_noise = ATTACKS[norm]
-    styles = {fgsm: ("FGSM", "#0072B2", "o"), pgd: ("PGD, 10 steps", "#D55E00", "^"),
-              **{f"{fgsm}_{v}": (f"FGSM, {text}", color, marker) for (v, text), color, marker in
-                 zip(VARIANTS.items(), ("#56B4E9", "#CC79A7", "#009E73"), "xDv", strict=True)},
-              random_noise: ("random noise of the same size", "#777777", "s")}
-    for attack, (label, color, marker) in styles.items():
-        mine = sorted((r for r in rows if r["condition"] == attack and r["metric"] == "accuracy"),
-                      key=lambda r: r["severity"])
-        if mine:
-            y = np.array([[r["value"], r["value"] - r["ci_low"], r["ci_high"] - r["value"]] for r in mine]) * 100
-            axes.errorbar([r["severity"] for r in mine], y[:, 0], y[:, 1:].T, label=f"{label}, n = {mine[0]['n']}",
-                          color=color, marker=marker, markersize=4, capsize=2,
-                          linestyle="" if attack == pgd else "-")  # at few eps: a line between them would be a guess
-    axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="accuracy (%)", ylim=(-2, 100), xlim=(-0.2, None))
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
-    failed = [name for name, _, passed, _ in audit if not passed]
-    verdict = f"AUDIT FAILED: {'; '.join(failed)}." if failed else "All audits of the attack pass."
-    save(figure, path, f"{run['part']} on {run['dataset']}, test images, float32, true labels where not "
-         f"said otherwise. {verdict}")
+    lines = []
+    for values in rows:
+        if values["metric"] == "accuracy":
+            condition = f"{values['condition']} {values['severity']}".strip()
+            interval = f"{percent(values['ci_low'])} - {percent(values['ci_high'])}"
+            lines.append((condition, values["split"], values["head"], percent(values["value"]),
+                          interval, values["n"]))
+    print_table(title, ("condition", "split", "head", "accuracy %", "95 % interval", "n"), lines)

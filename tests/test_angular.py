@@ -1,13 +1,17 @@
-"""The Angular loss against its definition, a published implementation, hand-worked values and finite differences."""
+"""The Angular loss: its definition, a published implementation, values by hand, differences."""
 
 import math
+
+import common
+from metrics import class_means
+from part4_angular import PROXY_COPIES, MarginLoss, ProxyAngularLoss, angular_loss, fit_head
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
-from part4_angular import COPIES, AngularLoss, MarginLoss, angular_loss, fit_head, npair_loss
+AMP = common.Amp("off", torch.device("cpu"))
 
 
 def by_definition(embeddings, labels, alpha_deg, sign=1):
@@ -28,7 +32,13 @@ def by_definition(embeddings, labels, alpha_deg, sign=1):
 def batch():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(14) % 4
-    return torch.randn(4, 6, generator=generator)[labels] * 3 + 2 * torch.randn(14, 6, generator=generator), labels
+    means = 3 * torch.randn(4, 6, generator=generator)
+    return means[labels] + 2 * torch.randn(14, 6, generator=generator), labels
+
+
+def assert_close(ours, theirs):
+    """Gradients that are the same but for float32's rounding."""
+    assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max())
 
 
 @pytest.mark.parametrize("alpha_deg", [0.01, 20, 36, 45, 55, 65])
@@ -36,13 +46,15 @@ def test_equals_the_definition(batch, alpha_deg):
     embeddings, labels = batch
     single = embeddings.clone().requires_grad_(True)
     double = embeddings.double().requires_grad_(True)
-    value, expected = angular_loss(single, labels, alpha_deg), by_definition(double, labels, alpha_deg)
+    value = angular_loss(single, labels, alpha_deg)
+    expected = by_definition(double, labels, alpha_deg)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     value.backward()
     expected.backward()
-    assert torch.allclose(single.grad.double(), double.grad, rtol=1e-5, atol=1e-6 * double.grad.abs().max())
-    assert value.item() != pytest.approx(by_definition(double, labels, alpha_deg, sign=-1).item(), rel=1e-2)
+    assert_close(single.grad, double.grad)
+    wrong = by_definition(double, labels, alpha_deg, sign=-1)
+    assert value.item() != pytest.approx(wrong.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("alpha_deg", [36, 45, 55])
@@ -52,12 +64,15 @@ def test_equals_pytorch_metric_learning(alpha_deg):
     for n, dim in ((20, 8), (60, 32)):
         embeddings = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
         labels = torch.randint(5, (n,), generator=generator)
-        ours, theirs = embeddings.clone().requires_grad_(True), embeddings.clone().requires_grad_(True)
-        value, expected = angular_loss(ours, labels, alpha_deg), losses.AngularLoss(alpha_deg)(theirs, labels)
+        ours = embeddings.clone().requires_grad_(True)
+        theirs = embeddings.clone().requires_grad_(True)
+        value = angular_loss(ours, labels, alpha_deg)
+        expected = losses.AngularLoss(alpha_deg)(theirs, labels)
         assert value.item() == pytest.approx(expected.item(), rel=1e-5)
         value.backward()
         expected.backward()
-        tangent = theirs.grad - (theirs.grad * embeddings).sum(1, keepdim=True) * embeddings  # theirs fixes no length
+        radial = (theirs.grad * embeddings).sum(1, keepdim=True)  # theirs fixes no length
+        tangent = theirs.grad - radial * embeddings
         assert torch.allclose(ours.grad, tangent, atol=1e-5 * tangent.abs().max())
 
 
@@ -70,10 +85,12 @@ def test_is_float32_also_under_autocast(batch):
 def test_three_vectors_by_hand():
     # a = p = (1,0), n = (0,1), alpha = 45°: f = 4·0 - 4·1 for both pairs, so log(1 + e^-4)
     embeddings, labels = torch.tensor([[1.0, 0], [2.0, 0], [0, 5.0]]), torch.tensor([0, 0, 1])
-    assert angular_loss(embeddings, labels, 45).item() == pytest.approx(math.log1p(math.exp(-4)), rel=1e-6)
+    value = angular_loss(embeddings, labels, 45).item()
+    assert value == pytest.approx(math.log1p(math.exp(-4)), rel=1e-6)
     # n = a as well: f = 4·2 - 4
     embeddings[2] = torch.tensor([3.0, 0])
-    assert angular_loss(embeddings, labels, 45).item() == pytest.approx(math.log1p(math.exp(4)), rel=1e-6)
+    value = angular_loss(embeddings, labels, 45).item()
+    assert value == pytest.approx(math.log1p(math.exp(4)), rel=1e-6)
 
 
 def test_finite_differences(batch):
@@ -82,8 +99,11 @@ def test_finite_differences(batch):
     gradient = torch.autograd.grad(angular_loss(embeddings, labels, 45), embeddings)[0]
     direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2))
     step = 1e-3
-    plus, minus = (by_definition(embeddings.detach().double() + s * direction, labels, 45) for s in (step, -step))
-    assert (gradient * direction).sum().item() == pytest.approx(((plus - minus) / (2 * step)).item(), rel=1e-3)
+    at = embeddings.detach().double()
+    plus = by_definition(at + step * direction, labels, 45)
+    minus = by_definition(at - step * direction, labels, 45)
+    slope = (gradient * direction).sum().item()
+    assert slope == pytest.approx(((plus - minus) / (2 * step)).item(), rel=1e-3)
 
 
 def test_length_of_embeddings_does_not_matter(batch):
@@ -96,10 +116,9 @@ def test_length_of_embeddings_does_not_matter(batch):
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], [1, 1, 1, 1]])
 def test_without_pairs_or_negatives_the_loss_is_zero(labels):
     embeddings = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    for loss in (angular_loss(embeddings, torch.tensor(labels), 45), npair_loss(embeddings, torch.tensor(labels))):
-        assert loss.item() == pytest.approx(0, abs=1e-6)
-        gradient = torch.autograd.grad(loss, embeddings)[0]
-        assert gradient.abs().max() < 1e-6
+    loss = angular_loss(embeddings, torch.tensor(labels), 45)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.autograd.grad(loss, embeddings)[0].abs().max() < 1e-6
 
 
 def test_range_of_alpha():
@@ -114,33 +133,64 @@ def test_range_of_alpha():
             angular_loss(embeddings, labels, alpha_deg)
 
 
-def test_npair_by_hand():
-    embeddings, labels = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), torch.tensor([0, 0, 1])
-    assert npair_loss(embeddings, labels).item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
-    both = AngularLoss(common.ClassMeans(2, 2), 45, 2.0, centers=False)(embeddings, labels).item()
-    assert both == pytest.approx(math.log1p(math.exp(-4)) + 2 * math.log1p(math.exp(-1)), rel=1e-6)
+def test_copies_count_as_repeated_rows(batch):
+    embeddings, labels = batch
+    embeddings = embeddings.double()
+    copies = torch.tensor([1, 3, 1, 2, 1, 1, 16, 1, 1, 5, 1, 1, 2, 1])
+    ours = embeddings.clone().requires_grad_(True)
+    theirs = embeddings.clone().requires_grad_(True)
+    value = angular_loss(ours, labels, 45, copies.float())
+    repeated = torch.arange(14).repeat_interleave(copies)
+    expected = by_definition(theirs[repeated], labels[repeated], 45)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert value.item() != pytest.approx(angular_loss(embeddings, labels, 45).item(), rel=1e-2)
+    value.backward()
+    expected.backward()
+    assert_close(ours.grad, theirs.grad)
 
 
-def test_learned_centers_join_the_batch_and_class_means_classify(batch):
+def test_proxies_join_the_batch_and_class_means_classify(batch):
     embeddings, labels = batch
     head = common.ClassMeans(4, 6)
-    criterion = AngularLoss(head, 45, 0.0)
-    both = torch.cat([embeddings, criterion.centers]).detach().double()
+    criterion = ProxyAngularLoss(head, 45)
+    proxies = criterion.proxies.detach().clone()
     value = criterion(embeddings.bfloat16(), labels)
     value.backward()
-    expected = by_definition(torch.cat([embeddings.bfloat16().double(), *[both[14:]] * COPIES]),
-                             torch.cat([labels, *[torch.arange(4)] * COPIES]), 45)
+    rows = [embeddings.bfloat16().double()] + PROXY_COPIES * [proxies.double()]
+    expected = by_definition(torch.cat(rows),
+                             torch.cat([labels, torch.arange(4).repeat(PROXY_COPIES)]), 45)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (criterion.centers.grad != 0).any(1).all()  # each of the four
-    centers = head.means.detach().clone()
+    assert (criterion.proxies.grad != 0).any(1).all()  # each of the four
     head.fit(embeddings, labels)
-    assert torch.allclose(head.means, common.class_means(embeddings, labels, 4))
-    assert not torch.allclose(head.means, F.normalize(centers, dim=1))
+    assert torch.allclose(head.means, class_means(embeddings, labels, 4))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("classes", [200, 600])
+def test_proxies_of_many_classes_cost_no_more_than_their_pairs(classes):
+    criterion = ProxyAngularLoss(common.ClassMeans(classes, 128), 36)
+    labels = torch.arange(32).repeat(2)
+    with Largest() as largest:
+        criterion(torch.randn(64, 128), labels).backward()
+    assert classes**2 < largest.elements <= (64 + classes) ** 2
 
 
 @pytest.mark.parametrize("theta", [0, 0.7, 3.0, math.pi])
-@pytest.mark.parametrize(("kind", "margin"), [("arcface", None), ("arcface", 0.5), ("cosface", None), ("cosface", 0.35),
-                                              ("sphereface", None), ("sphereface", 2.0)])
+@pytest.mark.parametrize(("kind", "margin"), [
+    ("arcface", None), ("arcface", 0.5), ("cosface", None), ("cosface", 0.35),
+    ("sphereface", None), ("sphereface", 2.0)])
 def test_margins_by_hand(kind, margin, theta):
     head = common.ClassMeans(2, 16)
     criterion = MarginLoss(kind, head, margin, scale=10.0)
@@ -152,53 +202,57 @@ def test_margins_by_hand(kind, margin, theta):
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,
            "sphereface": math.cos(min(m * theta, math.pi))}
     gap = (3 if kind == "sphereface" else 10) * (own[kind] - math.sin(theta))
-    expected = math.log1p(math.exp(-gap)) + 0.05 * gap  # a tenth of the label is spread over both classes
+    expected = math.log1p(math.exp(-gap)) + 0.05 * gap  # a tenth is spread over both classes
     value = criterion(embedding.requires_grad_(True), torch.tensor([0]))
     tolerance = 1e-5 if 0 < theta < math.pi else 1e-3  # the cosines are clamped to 1 - 1e-6
     assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
     assert torch.isfinite(torch.autograd.grad(value, embedding)[0]).all()
 
 
-def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(photos):
+def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(small_photos, tiny_backbone):
     torch.manual_seed(0)
     model = common.Model(outputs=16, head=common.ClassMeans(4, 16))
     labels = torch.arange(40) % 4
-    fit_head(model, photos, labels, common.Amp("off", torch.device("cpu")))
+    split = common.Split(small_photos, labels, None, None, "")
+    fit_head(model, split, AMP)
+    images = common.to_float(small_photos)
     with common.eval_mode(model), torch.no_grad():
-        embeddings = F.normalize(model.outputs(common.to_float(photos)), dim=1)
-        logits = model(common.to_float(photos))
+        embeddings = F.normalize(model.outputs(images), dim=1)
+        logits = model(images)
     means = torch.stack([F.normalize(embeddings[labels == c].mean(0), dim=0) for c in range(4)])
     assert torch.allclose(logits, model.head.scale * embeddings @ means.T, atol=1e-4)
-    assert (common.fgsm_direction(model, common.to_float(photos), labels) != 0).flatten(1).any(1).all()
+    assert (common.fgsm_direction(model, images, labels) != 0).flatten(1).any(1).all()
 
 
-def test_a_margin_loss_trains_the_centers_that_its_head_classifies_by(photos):
+def test_a_margin_loss_trains_the_proxies_that_its_head_classifies_by(small_photos, tiny_backbone):
     torch.manual_seed(0)
     model = common.Model(outputs=16, head=common.ClassMeans(4, 16, learned=True))
-    criterion, labels = MarginLoss("cosface", model.head, None, 16.0), torch.arange(40) % 4
-    average = common.Average(model, photos, common.Amp("off", torch.device("cpu")), power=3)
+    labels = torch.arange(40) % 4
+    criterion = MarginLoss("cosface", model.head, None, 16.0)
+    average = common.WeightAverage(model, power=3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = model.head.means.detach().clone()
     for _ in range(2):
         optimizer.zero_grad()
-        criterion(model.outputs(common.to_float(photos)), labels).backward()
+        criterion(model.outputs(common.to_float(small_photos)), labels).backward()
         optimizer.step()
         average.update(model)
     assert not torch.equal(model.head.means, before)
-    learned = average.module.head.means.detach().clone()
+    averaged = average.for_evaluation(small_photos, AMP)
+    learned = averaged.head.means.detach().clone()
     assert not torch.equal(learned, model.head.means)  # of both steps
-    fit_head(average.measured(), photos, labels, average.amp)
-    assert torch.equal(average.module.head.means, learned)
+    fit_head(averaged, common.Split(small_photos, labels, None, None, ""), AMP)
+    assert torch.equal(averaged.head.means, learned)
     with torch.no_grad():
-        logits = average.module.head(5 * learned)  # a center lies nearest to itself
-    assert torch.allclose(logits.diag(), average.module.head.scale.expand(4), rtol=1e-5)
+        logits = averaged.head(5 * learned)  # a proxy lies nearest to itself
+    assert torch.allclose(logits.diag(), averaged.head.scale.expand(4), rtol=1e-5)
 
 
 def test_scale_is_the_best_on_the_embeddings_it_was_fitted_to():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 4
-    embeddings = F.normalize(torch.randn(4, 16, generator=generator)[labels]
-                             + torch.randn(400, 16, generator=generator), dim=1)
+    means = torch.randn(4, 16, generator=generator)
+    embeddings = F.normalize(means[labels] + torch.randn(400, 16, generator=generator), dim=1)
     head = common.ClassMeans(4, 16)
     head.fit(5 * embeddings, labels)
 

@@ -1,11 +1,11 @@
 """FGSM through cleverhans against plain torch, and what an attack must leave alone."""
 
+import common
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-import common
 
 
 def plain_gradient(model, images, labels):
@@ -14,8 +14,8 @@ def plain_gradient(model, images, labels):
 
 
 @pytest.fixture
-def batch(photos):
-    return photos[:12] / 255, torch.arange(12) % 10
+def batch(small_photos):
+    return small_photos[:6] / 255, torch.arange(6) % 10
 
 
 @pytest.mark.parametrize("eps", [0, 1 / 255, 8 / 255])
@@ -36,13 +36,14 @@ def test_l2_step_is_the_normalized_gradient(small_model, batch):
     images, labels = batch
     gradient = plain_gradient(small_model, images, labels)
     step = 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    assert torch.allclose(common.fgsm(small_model, images, labels, 0.5, norm=2), (images + step).clamp(0, 1), atol=1e-5)
+    found = common.fgsm(small_model, images, labels, 0.5, norm=2)
+    assert torch.allclose(found, (images + step).clamp(0, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [np.inf, 2])
 def test_one_direction_serves_every_eps(small_model, batch, norm):
     images, labels = batch
-    direction = common.fgsm_direction(small_model, images, labels, norm, batch_size=12)
+    direction = common.fgsm_direction(small_model, images, labels, norm, batch_size=6)
     for eps in (1 / 255, 4 / 255, 16 / 255, 0.5):
         swept = (images + eps * direction).clamp(0, 1)
         expected = common.fgsm(small_model, images, labels, eps, norm)
@@ -62,7 +63,8 @@ def test_attacks_leave_the_model_as_it_was(small_model, batch):
     assert not adversarial.requires_grad
     assert small_model.training
     assert not frozen.requires_grad
-    assert all(torch.equal(v, state[k]) for k, v in small_model.state_dict().items())  # batch statistics too
+    for name, tensor in small_model.state_dict().items():  # batch statistics, too
+        assert torch.equal(tensor, state[name])
     for parameter, before in zip(small_model.parameters(), gradients, strict=True):
         assert (parameter.grad is None and before is None) or torch.equal(parameter.grad, before)
     frozen.requires_grad_(True)
@@ -80,7 +82,8 @@ def test_attack_is_float32_also_under_autocast(small_model, batch):
 def test_pgd_is_bounded_and_stronger(small_model, batch):
     images, labels = batch
     eps = 8 / 255
-    strong, weak = common.pgd(small_model, images, labels, eps), common.fgsm(small_model, images, labels, eps)
+    strong = common.pgd(small_model, images, labels, eps)
+    weak = common.fgsm(small_model, images, labels, eps)
     assert (strong - images).abs().max() <= eps + 1e-6
     assert strong.min() >= 0
     assert strong.max() <= 1
@@ -96,7 +99,8 @@ def test_an_image_without_a_gradient_has_no_direction(batch):
             self.weight = torch.nn.Parameter(torch.ones(1))
 
         def forward(self, images):
-            return self.weight * F.one_hot(torch.zeros(len(images), dtype=torch.long), 10) * 1e4 + 0 * images.mean()
+            logits = F.one_hot(torch.zeros(len(images), dtype=torch.long), 10) * 1e4
+            return self.weight * logits + 0 * images.mean()
 
     images, labels = batch
     assert (common.fgsm_direction(Saturated(), images, torch.zeros_like(labels)) == 0).all()

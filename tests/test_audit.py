@@ -1,25 +1,60 @@
-"""Every audit of the attack passes on a sound attack, and one broken attack for each makes it fail."""
+"""A sound attack passes every audit; for each audit, one broken attack or model makes it fail."""
 
-import pytest
-import torch
-import torch.nn.functional as F
+import copy
 
+import audit
 import common
 import part2_robustness
 import report
 
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 CPU = torch.device("cpu")
+N = 200
+
+
+class Small(nn.Module):
+    """A network with a Model's parts that trains to the end within seconds: a sturdy victim."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+                                  nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU())
+        self.avgpool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(128, 4)
+
+    def forward(self, images):
+        return self.fc(self.avgpool(self.body(images)).flatten(1))
+
+
+class Times(nn.Module):
+    """A head that multiplies the logits: the same decisions."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return self.factor * logits
 
 
 @pytest.fixture(scope="module")
-def victim(photos):
-    """A model trained for a moment to tell 4 classes of images apart, and these images."""
+def victim():
+    """(model, images, labels): trained until the loss is small, far from any last bit."""
     torch.manual_seed(0)
-    labels = torch.arange(24) % 4
-    images = (0.6 * photos[:24] / 255 + 0.1 * labels.view(-1, 1, 1, 1)).contiguous()
+    labels = torch.arange(N) % 4
+    patterns = torch.rand(4, 3, 4, 4)[labels]
+    fields = 0.5 + 0.25 * (patterns - 0.5) + 0.25 * (torch.rand(N, 3, 4, 4) - 0.5)
+    images = F.interpolate(fields, size=(16, 16), mode="bilinear")
+    images = (images + 0.03 * torch.randn(N, 3, 16, 16)).clamp(0.02, 0.98)
     model = common.Model(outputs=4)
+    model.backbone = Small()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    for _ in range(12):
+    for _ in range(100):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -27,115 +62,188 @@ def victim(photos):
     with torch.no_grad():
         for _ in range(15):
             model(images)  # batch statistics
-    assert common.accuracy(common.predict(model.eval(), images, common.Amp("off", CPU)).logits, labels) > 0.9
+    model.eval()
+    assert common.accuracy(model(images), labels) == 1
     return model, images, labels
 
 
-def audit(model, images, labels):
-    args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "16", "--audit-images", "24"])
-    run = {"part": "part2", "dataset": "test", "seed": 0, "split_hash": "-"}
-    checks, rows, *_ = part2_robustness.attack(args, run, model, images, labels)
-    failed = [name for name, _, passed, _ in checks if not passed]
-    assert sorted(failed) == sorted(r["metric"].removeprefix("audit: ") for r in rows if r["value"] == 0.0
-                                    and r["metric"].startswith("audit: "))
-    return failed
+def attack(model, images, labels, *flags, part1=None):
+    """(names of the failed checks, accuracy by (attack, eps), all that `attack` gives)."""
+    args = part2_robustness.parse_args(["--eps-255", "0", "4", "8", "16", "--audit-images", "60",
+                                        *flags])
+    run = report.Run("part2", "part2", None, "x.pt", "0" * 12, "toy", tuple("abcd"), {}, "abc", 0,
+                     {}, "x", {}, CPU, "cpu", "off")
+    attacked = part2_robustness.attack(args, run, model, images, labels, part1)
+    failed = {check.name for check in attacked.audit if not check.passed}
+    said = {row["metric"].removeprefix("audit: ") for row in attacked.rows
+            if row["metric"].startswith("audit: ") and row["value"] == 0}
+    assert failed == said
+    left = {}
+    for row in attacked.rows:
+        if row["metric"] == "accuracy":
+            left[row["condition"], row["severity"]] = row["value"]
+    return failed, left, attacked
+
+
+def scaled(model, factor):
+    model = copy.deepcopy(model)
+    model.head = Times(factor)
+    return model
 
 
 def test_a_sound_attack_passes(victim):
-    assert audit(*victim) == []
+    failed, left, _ = attack(*victim)
+    assert not failed
+    assert left["fgsm", "0"] == 1
+    assert left["random_sign", "8"] > left["fgsm", "8"] + 0.2
+
+
+@pytest.mark.parametrize("factor", [5, 20])
+def test_a_saturated_softmax_changes_no_figure_on_unit_logits_and_is_found(victim, factor):
+    model, images, labels = victim
+    with torch.no_grad():
+        logits = model(images)
+        own = F.one_hot(labels, 4).bool()
+        margin = (logits[own] - logits.masked_fill(own, -1e9).amax(1)).median().item()
+    sound = 12 / margin  # with margins beyond 16, float32 loses the true class's gradient
+    failed, before, _ = attack(scaled(model, sound), images, labels)
+    assert not failed
+    failed, after, _ = attack(scaled(model, factor * sound), images, labels)
+    for (name, eps), value in before.items():
+        if name in ("fgsm_unit", "pgd_unit"):
+            assert after[name, eps] == pytest.approx(value, abs=0.017), (name, eps)  # one of 60
+    assert after["fgsm", "8"] > before["fgsm", "8"]  # what would be taken for robustness
+    assert "fgsm_unit 8/255 is hardly stronger than fgsm" in failed
 
 
 def test_steps_in_normalized_units_are_too_long(victim, monkeypatch):
     honest = common.fgsm_direction
-    monkeypatch.setattr(common, "fgsm_direction", lambda model, *args: honest(model, *args) / model.std)
-    assert "|delta| is at most eps" in audit(*victim)
-
-
-def test_saturated_logits_have_no_gradient(victim):
-    model, images, labels = victim
-
-    class Saturated(torch.nn.Module):
-        def forward(self, logits):
-            return 1e4 * logits
-
-    model.head = Saturated()
-    try:
-        assert "few images without a gradient" in audit(model, images, labels)
-    finally:
-        model.head = torch.nn.Identity()
+    monkeypatch.setattr(common, "fgsm_direction",
+                        lambda model, *args: honest(model, *args) / common.STD[0])
+    assert "|delta| is at most eps" in attack(*victim)[0]
 
 
 def test_clipping_normalized_images_changes_them_at_eps_0(victim):
     model, images, labels = victim
-
-    class NoNormalization(torch.nn.Module):
-        """The same model for images that are normalized outside: what [0,1] clipping then destroys."""
-
-        def __init__(self):
-            super().__init__()
-            self.backbone = model.backbone
-
-        def forward(self, normalized):
-            return self.backbone(normalized)
-
-    assert "eps 0 equals clean" in audit(NoNormalization().eval(), (images - model.mean) / model.std, labels)
+    normalized = (images - model.mean) / model.std
+    outside = copy.deepcopy(model)  # the same model for images that are normalized outside
+    outside.mean.zero_()
+    outside.std.fill_(1)
+    assert common.accuracy(outside(normalized), labels) == 1
+    assert "eps 0 equals clean" in attack(outside, normalized, labels)[0]
 
 
 def test_train_mode_left_on_shows_at_eps_0(victim, monkeypatch):
     model, images, labels = victim
-    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model = copy.deepcopy(model)
     honest = common.fgsm_direction
 
     def careless(model, *args):
         model.train()
         with torch.no_grad():
             for _ in range(10):
-                model(1 - images.roll(1, 1))
+                model(images.flip(0) * torch.tensor([0.2, 1, 2]).view(3, 1, 1))
         model.eval()
         return honest(model, *args)
 
     monkeypatch.setattr(common, "fgsm_direction", careless)
-    try:
-        assert "eps 0 equals clean" in audit(model, images, labels)
-    finally:
-        model.load_state_dict(state)
+    assert "eps 0 equals clean" in attack(model, images, labels)[0]
 
 
 def test_a_wrong_sign_is_no_stronger_than_noise(victim, monkeypatch):
     honest = common.fgsm_direction
     monkeypatch.setattr(common, "fgsm_direction", lambda *args: -honest(*args))
-    assert "random_sign 8/255 is weaker than FGSM" in audit(*victim)
-
-
-def test_attacking_embeddings_leaves_pgd_weaker(victim, monkeypatch):
-    honest = common.pgd
-
-    class Embeddings(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            features = []
-            hook = self.model.backbone.avgpool.register_forward_hook(lambda *call: features.append(call[2].flatten(1)))
-            self.model(images)
-            hook.remove()
-            return -1e3 * features[0]
-
-    monkeypatch.setattr(common, "pgd", lambda model, *args: honest(Embeddings(model), *args))
-    assert "pgd 8/255 is stronger than FGSM" in audit(*victim)
+    assert "random_sign 8/255 is weaker than fgsm" in attack(*victim)[0]
 
 
 def test_an_attack_that_does_nothing_leaves_too_much(victim, monkeypatch):
     monkeypatch.setattr(common, "pgd", lambda model, images, *args: images)
-    assert {"pgd 16/255 leaves next to nothing", "pgd 16/255 is stronger than FGSM"} <= set(audit(*victim))
+    failed = attack(*victim)[0]
+    assert {"pgd 8/255 is stronger than fgsm", "pgd 16/255 leaves next to nothing",
+            "pgd_unit 16/255 leaves next to nothing"} <= failed
 
 
-def test_a_failed_audit_is_said_in_the_plot(victim, monkeypatch, tmp_path):
-    captions = []
-    monkeypatch.setattr(report, "save", lambda figure, path, caption: captions.append(caption))
-    run = {"part": "part2", "dataset": "test"}
-    report.plot_attack(tmp_path / "x.png", [], run, "inf", [("eps 0 equals clean", "3 differ", False, 40)])
-    report.plot_attack(tmp_path / "x.png", [], run, "inf", [("eps 0 equals clean", "0 differ", True, 40)])
-    assert "AUDIT FAILED: eps 0 equals clean" in captions[0]
-    assert "All audits of the attack pass" in captions[1]
+def test_pgd_must_leave_nothing_at_the_largest_eps_of_any_sweep(victim, monkeypatch):
+    honest = common.pgd
+
+    def weak_from_20(model, images, labels, eps, norm):
+        return honest(model, images, labels, eps, norm) if eps < 20 / 255 else images
+
+    monkeypatch.setattr(common, "pgd", weak_from_20)
+    assert not any("leaves next to nothing" in name for name in attack(*victim)[0])
+    failed, left, _ = attack(*victim, "--eps-255", "8", "24")
+    assert {"pgd 24/255 leaves next to nothing", "pgd_unit 24/255 leaves next to nothing"} <= failed
+    names = [check.name for check in attack(*victim, "--eps-255", "1")[2].audit]
+    assert "pgd 8/255 leaves next to nothing" in names  # a sweep of small eps is no way out
+
+
+@pytest.mark.parametrize(("fgsm", "pgd", "passed"), [(4, 4, False), (4, 3, True), (0, 0, True),
+                                                     (4, 5, False)])
+def test_a_tie_above_zero_is_not_stronger(fgsm, pgd, passed):
+    checks = checks_of(fgsm=fgsm, pgd=pgd, pgd_unit=pgd)
+    assert checks["pgd 8/255 is stronger than fgsm"] == passed
+
+
+@pytest.mark.parametrize(("noise", "passed"), [(5, True), (4, False), (3, False)])
+def test_noise_must_be_weaker_not_as_strong(noise, passed):
+    assert checks_of(random_sign=noise)["random_sign 8/255 is weaker than fgsm"] == passed
+
+
+@pytest.mark.parametrize(("transfer", "passed"), [(5, True), (4, True), (3, False)])
+def test_what_part_1_finds_must_not_be_stronger_than_the_models_own(transfer, passed):
+    checks = checks_of(fgsm_from_part1=transfer)
+    assert checks["fgsm_from_part1 8/255 is not stronger than fgsm"] == passed
+
+
+def checks_of(**left):
+    """{check: passed} at eps 8/255 for so many of ten images withstanding each attack."""
+    counts = {"fgsm": 4, "fgsm_unit": 4, "random_sign": 9, "pgd": 1, "pgd_unit": 1} | left
+    withstood = {(name, 8): torch.arange(10) < n for name, n in counts.items()}
+    few = torch.arange(10)
+    checks = audit.checks_at(audit.attack_names("inf"), withstood, few, 8)
+    return {check.name: check.passed for check in checks}
+
+
+def test_a_masked_model_is_found_by_part_1s_adversarial_images(victim):
+    model, images, labels = victim
+
+    class Steps(nn.Module):
+        """Pixels in steps of 1/16, with a gradient that misleads."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+            self.backbone = model.backbone  # whose features `predict` keeps
+
+        def forward(self, images):
+            stairs = (images * 16).round() / 16
+            return self.model(stairs.detach() + (images - images.detach()).flip(3))
+
+    failed, left, attacked = attack(Steps().eval(), images, labels, part1=model)
+    assert left["fgsm_from_part1", "8"] < left["fgsm", "8"]
+    assert "fgsm_from_part1 8/255 is not stronger than fgsm" in failed
+
+
+def test_the_worst_case_is_of_each_image_over_all_attacks(victim):
+    _, left, attacked = attack(*victim, "--targeted", part1=victim[0])
+    few = common.evenly_spaced(N, 60).numpy()
+    for eps in ("4", "8", "16"):
+        all_images = np.ones(N, bool)
+        audited = np.ones(60, bool)
+        for key, withstood in attacked.correct.items():
+            _, name, at = key.split("/")
+            if at == eps and name.startswith("pgd"):
+                audited &= withstood
+            elif at == eps:
+                all_images &= withstood
+                assert left["worst_case", eps] <= withstood.mean()
+        assert left["worst_case", eps] == all_images.mean()
+        if eps != "4":
+            assert left["worst_case_audit", eps] == (audited & all_images[few]).mean()
+    assert ("worst_case_audit", "4") not in left  # no PGD there
+
+
+def test_in_the_l2_norm_as_well(victim):
+    failed, left, _ = attack(*victim, "--norm", "2", "--eps-255", "64", "256")
+    assert "|delta| is at most eps" not in failed
+    assert left["worst_case_l2", "256"] <= min(left["fgsm_l2", "256"], left["random_l2", "256"])

@@ -1,14 +1,14 @@
-"""Part 3's training images: the random crop and mirror against all there can be, and who gets which perturbation."""
+"""Part 3's training images: random crop and mirror, and who gets which perturbation."""
 
 import collections
-
-import pytest
-import torch
-import torch.nn.functional as F
 
 import common
 import part3_augmented
 import part4_angular
+
+import pytest
+import torch
+import torch.nn.functional as F
 
 
 def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
@@ -22,52 +22,93 @@ def test_crop_and_flip_gives_one_of_the_crops_of_the_padded_image(photos):
             crops[crop.numpy().tobytes()] = (top, left, False)
             crops[crop.flip(2).contiguous().numpy().tobytes()] = (top, left, True)
     assert len(crops) == 162
-    drawn = [crops[image.contiguous().numpy().tobytes()] for image in results]  # KeyError: no such crop
+    drawn = [crops[image.contiguous().numpy().tobytes()] for image in results]  # else a KeyError
     assert {top for top, _, _ in drawn} == {left for _, left, _ in drawn} == set(range(9))
     assert 150 < sum(mirrored for _, _, mirrored in drawn) < 250  # of 400; 5 standard deviations
     assert len(set(drawn)) > 120  # each on its own, not a few for all
 
 
-def test_every_seen_perturbation_takes_its_turn_at_every_severity(monkeypatch, photos):
-    calls = collections.Counter()
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the images that each (name, severity) perturbs; the perturbations do nothing else."""
+    counted = collections.Counter()
 
-    def watch(name, perturb):
+    def watch(name):
         def watched(images, severity, generator):
-            calls[name, severity] += len(images)
-            return perturb(images, severity, generator)
+            counted[name, severity] += len(images)
+            return images
         return watched
 
-    monkeypatch.setattr(common, "PERTURBATIONS", {n: watch(n, p) for n, p in common.PERTURBATIONS.items()})
-    images = torch.cat([photos, photos])[:64] / 255
-    for step in range(120):
-        result = part3_augmented.augment(images, torch.Generator().manual_seed(step), step)
-        assert result.shape == images.shape
-        assert 0 <= result.min() <= result.max() <= 1
-    seen = {name for name in common.PERTURBATIONS if common.FAMILY[name] in common.SEEN_FAMILIES} - {"horizontal_flip"}
-    assert set(calls) == {(name, severity) for name in seen for severity in range(1, 6)}
+    watched = {name: watch(name) for name in common.PERTURBATIONS}
+    monkeypatch.setattr(common, "PERTURBATIONS", watched)
+    return counted
+
+
+def by_family(calls):
     families = collections.Counter()
     for (name, _), images in calls.items():
         families[common.FAMILY[name]] += images
-    assert families == {"noise": 120 * 4, "color": 120 * 4, "geometry": 120 * 16}
+    return families
 
 
-@pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
-def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatch, tmp_path):
+def test_every_seen_perturbation_takes_its_turn_at_every_severity(calls):
+    for step in range(120):
+        part3_augmented.augment(torch.zeros(64, 3, 8, 8), torch.Generator(), step)
+    seen = {name for name in common.PERTURBATIONS if common.FAMILY[name] in common.SEEN_FAMILIES}
+    expected = {(name, severity) for name in seen - {"horizontal_flip"} for severity in range(1, 6)}
+    assert set(calls) == expected
+    assert by_family(calls) == {"noise": 120 * 4, "color": 120 * 4, "geometry": 120 * 16}
+
+
+def test_every_familys_share_is_right_within_one_image(calls):
+    shares = {"noise": 1, "color": 1, "geometry": 4}  # of 16
+    for n in (8, *range(16, 131)):  # part 4's batches have 60
+        calls.clear()
+        part3_augmented.augment(torch.zeros(n, 3, 8, 8), torch.Generator(), 0)
+        found = by_family(calls)
+        for family, share in shares.items():
+            assert abs(found[family] - n * share / 16) <= 1, (n, family)
+        assert abs(sum(found.values()) - n * 6 / 16) <= 0.5, n
+
+
+@pytest.mark.parametrize("families", [(), ("noise",), ("geometry",), ("color", "geometry")])
+def test_only_the_wanted_families_are_trained_on(calls, families):
+    part3_augmented.augment(torch.zeros(64, 3, 8, 8), torch.Generator(), 0, families)
+    assert by_family(calls) == {name: 16 if name == "geometry" else 4 for name in families}
+    flags = ["--families", *(families or ["none"])]
+    args = part3_augmented.parse_args(flags)
+    assert args.families == families
+    assert part3_augmented.part_name(args) == ("part3" if families else "part3_crop_flip")
+
+
+def test_perturbed_images_stay_in_range(photos):
+    generator = torch.Generator().manual_seed(0)
+    before = photos.clone()
+    for step in range(30):
+        result = part3_augmented.augment(photos / 255, generator, step)
+        assert result.shape == photos.shape
+        assert 0 <= result.min() <= result.max() <= 1
+    assert torch.equal(photos, before)
+
+
+@pytest.mark.parametrize(("part", "flags"), [
+    (part3_augmented, []), (part3_augmented, ["--families", "noise"]),
+    (part4_angular, ["--augment"])])
+def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatch, tmp_path,
+                                                         tiny_backbone):
     steps = []
+    wanted = []
 
-    def watched(images, generator, step):
+    def watched(images, generator, step, families=None):
         steps.append(step)
+        wanted.append(families)
         return images
 
     monkeypatch.setattr(part, "augment", watched)
-    part.main(["--dataset", "digits", "--quick", "--no-umap", "--no-part2", "--batch-size", "40", "--amp", "off",
+    monkeypatch.setattr(part.report, "finish", lambda *args: [])
+    monkeypatch.setattr(part.summary, "compare", lambda folder: None)
+    part.main(["--dataset", "digits", "--quick", "--no-umap", "--no-part2", "--batch-size", "40",
+               "--train-fraction", "0.9", "--amp", "off", "--device", "cpu",
                "--results-dir", str(tmp_path), *flags])
-    assert len(steps) > 1
-    assert steps == list(range(len(steps)))
-
-
-def test_part_4_trains_as_long_as_part_3_does_on_its_images():
-    part3, part4 = part3_augmented.parse_args([]), part4_angular.parse_args(["--augment"])
-    assert (part4.epochs, part4.lr) == (part3.epochs, part3.lr)
-    assert part4_angular.parse_args([]).epochs < part3.epochs  # without --augment: part 1's
-    assert part4_angular.parse_args(["--augment", "--epochs", "3"]).epochs == 3
+    assert steps == list(range(4))  # two epochs of 90 images
+    assert set(wanted) == {None if part is part4_angular else part.parse_args(flags).families}

@@ -3,15 +3,21 @@
 import hashlib
 import http.server
 import pickle
+import re
+import shutil
 import tarfile
 import threading
+
+import common
+import datasets
+import part1_baseline
+from arguments import RunError, UsageError
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import common
+CPU = torch.device("cpu")
 
 
 def test_split_has_exact_counts_and_loses_nothing():
@@ -44,70 +50,148 @@ def test_split_refuses_to_leave_a_class_empty(fraction):
         common.stratified_split([0, 0, 0, 1, 1, 1], fraction)
 
 
-def test_balanced_batches_hold_every_class_equally_often():
-    images, labels = torch.arange(60).view(60, 1, 1, 1), torch.arange(3).repeat(20)
+def test_a_class_too_small_is_named_with_the_fractions_that_work():
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 50)
+    images = torch.zeros(103, 3, 4, 4, dtype=torch.uint8)
+    data = common.Data("toy", ("ant", "bee", "cow"), images, labels, images, labels)
+    for fraction in (0.1, 0.95):
+        with pytest.raises(UsageError, match="class 'bee' has 3 training images") as error:
+            common.split_data(data, fraction, 0)
+        low, high = re.search(r"; ([0-9.]+) to ([0-9.]+) leave", str(error.value)).groups()
+        for works in (float(low), float(high)):
+            split = common.split_data(data, works, 0)
+            assert (split.train_labels == 1).sum() + (split.eval_labels == 1).sum() == 3
+            assert len(split.train_labels.unique()) == len(split.eval_labels.unique()) == 3
+    alone = data._replace(train_labels=torch.tensor([0] * 51 + [1] + [2] * 51))
+    with pytest.raises(UsageError, match="'bee' has 1 training images.*needs at least two"):
+        common.split_data(alone, 0.2, 0)
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+def epochs_of(labels, batch_size, epochs=1):
+    """The batches of some epochs: (positions of the images, labels)."""
+    places = torch.arange(len(labels)).view(-1, 1, 1, 1)
     generator = torch.Generator().manual_seed(0)
-    batches = list(common.balanced_batches(images, labels, 12, generator))
-    assert len(batches) == common.balanced_steps(labels, 12) == 5
+    batches = []
+    for _ in range(epochs):
+        batches += common.balanced_batches(places, labels, batch_size, generator)
+    return [(x.flatten(), y) for x, y in batches]
+
+
+def test_balanced_batches_hold_every_class_equally_often():
+    labels = torch.arange(3).repeat(20)
+    batches = epochs_of(labels, 12)
+    assert len(batches) == common.balance(labels, 12).steps == 5
     for x, y in batches:
         assert y.bincount().tolist() == [4, 4, 4]
-        assert torch.equal(x.flatten() % 3, y)
-    places = torch.stack([y for _ in range(20) for _, y in common.balanced_batches(images, labels, 12, generator)])
-    assert all(len(place.unique()) == 3 for place in places.T)  # what is done by place is done to every class
-    assert len({int(i) for x, _ in batches for i in x.flatten()}) == 60  # the whole epoch, nothing twice
+        assert torch.equal(labels[x], y)
+    assert len(torch.cat([x for x, _ in batches]).unique()) == 60  # the whole epoch, nothing twice
+    places = torch.stack([y for _, y in epochs_of(labels, 12, epochs=20)])
+    assert all(len(place.unique()) == 3 for place in places.T)  # what is by place is of all classes
 
 
 @pytest.mark.parametrize(("classes", "each", "batch_size", "size"), [
-    (10, 100, 64, 60), (3, 20, 16, 15), (30, 10, 8, 60), (4, 3, 1000, 12)])
-def test_balanced_batches_go_once_through_the_images_whatever_their_size(classes, each, batch_size, size):
+    (10, 1000, 64, 60), (3, 20, 16, 15), (30, 10, 8, 8), (4, 3, 1000, 12), (200, 20, 64, 64),
+    (600, 8, 64, 64)])
+def test_balanced_batches_of_many_classes_hold_pairs_of_some(classes, each, batch_size, size):
     labels = torch.arange(classes).repeat(each)
-    images = torch.arange(len(labels)).view(-1, 1, 1, 1)
-    batches = list(common.balanced_batches(images, labels, batch_size, torch.Generator().manual_seed(0)))
+    batches = epochs_of(labels, batch_size)
     assert {len(y) for _, y in batches} == {size}
-    assert len(batches) == common.balanced_steps(labels, batch_size)
-    seen = torch.cat([x.flatten() for x, _ in batches]).tolist()
-    assert len(set(seen)) == len(seen) > len(labels) - size
+    assert size <= batch_size
+    assert len(batches) == common.balance(labels, batch_size).steps == len(labels) // size
+    counts = []
+    for _, y in batches:
+        assert y.unique(return_counts=True)[1].min() >= 2  # a pair of every class in it
+        counts.append(y.bincount(minlength=classes))
+    total = torch.stack(counts).sum(0)
+    assert total.max() - total.min() <= max(2, batch_size // classes)  # one group of a class
+    seen = torch.cat([x for x, _ in batches])
+    assert len(seen.unique()) == len(seen)
 
 
-def write_tree(folder, classes=("ant", "bee"), n=3, size=(20, 24), mode="RGB"):
-    for split in ("train", "test"):
-        for k, c in enumerate(classes):
-            (folder / split / c).mkdir(parents=True)
-            for i in range(n):
-                Image.new(mode, size, color=60 * k + i).save(folder / split / c / f"{i}.png")
+def test_small_classes_take_their_images_again():
+    labels = torch.tensor([0] * 40 + [1] * 3)
+    total = torch.stack([y.bincount() for _, y in epochs_of(labels, 10)]).sum(0)
+    assert total.tolist() == [20, 20]
 
 
-def test_folder_reads_any_size_and_mode(tmp_path):
-    write_tree(tmp_path, mode="L")
-    data = common.load_data("folder", str(tmp_path), torch.device("cpu"))
-    assert data.train_images.shape == (6, 3, 32, 32)
-    assert data.train_images.dtype == torch.uint8
-    assert data.classes == ("ant", "bee")
-    assert data.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.test_images[4].unique().tolist() == [61]
+@pytest.mark.parametrize("n", [20, 33, 100, 500, 1000, 5000, 10_000, 50_000])
+def test_watching_the_training_costs_at_most_a_tenth_of_an_epoch(n):
+    images = torch.zeros(n, 1, 1, 1, dtype=torch.uint8)
+    labels = torch.zeros(n, dtype=torch.long)
+    few = common.few_of(common.Split(images, labels, images, labels, "abc"))
+    passes = 2 * len(few.train_labels) + len(few.eval_labels)  # part 4's: twice, for its means
+    assert 0 < len(few.eval_labels) <= 500
+    assert passes <= max(10, 0.1 * 3 * n)  # an epoch is a forward pass and a backward, of two
 
 
-def test_folder_errors_name_the_file_or_folder(tmp_path):
-    device = torch.device("cpu")
-    with pytest.raises(common.RunError, match="train does not exist"):
-        common.load_data("folder", str(tmp_path / "nowhere"), device)
-    write_tree(tmp_path / "a")
-    (tmp_path / "a/test/bee/1.png").write_bytes(b"")
-    with pytest.raises(common.RunError, match="bee/1.png is not an image"):
-        common.load_data("folder", str(tmp_path / "a"), device)
-    write_tree(tmp_path / "b")
-    (tmp_path / "b/test/wasp").mkdir()
-    with pytest.raises(common.RunError, match="the same in train and test"):
-        common.load_data("folder", str(tmp_path / "b"), device)
-    write_tree(tmp_path / "c", n=1)
-    (tmp_path / "c/train/ant/0.png").unlink()
-    with pytest.raises(common.RunError, match="train/ant holds no image"):
-        common.load_data("folder", str(tmp_path / "c"), device)
+# ---- files --------------------------------------------------------------------------------------
+
+
+def a_tree(first):
+    """What image_folder.read_tree gives: 3 classes of two images of `first`, `first` + 1 …"""
+    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1) * np.ones((6, 3, 32, 32), np.uint8)
+    images += np.uint8(first)
+    return ("ant", "bee", "cow"), images, np.arange(6) % 3, images[:3] ^ 64, np.arange(3)
+
+
+def test_data_that_changed_on_disk_are_read_anew(monkeypatch):
+    for first in (7, 9):
+        tree = a_tree(first)
+        monkeypatch.setattr(datasets.image_folder, "read_tree", lambda *_, tree=tree: tree)
+        data = common.load_data("folder", "x", CPU)
+        assert data.train_images[0].unique().tolist() == [first]
+    assert data.classes == ("ant", "bee", "cow")
+    assert data.test_labels.tolist() == [0, 1, 2]
+
+
+def test_main_called_again_trains_on_the_images_that_are_there_now(monkeypatch, tmp_path,
+                                                                   tiny_backbone):
+    seen = []
+
+    def watched(images, *args):
+        seen.append(images.float().mean().item())
+        return batches(images, *args)
+
+    batches = common.batches
+    monkeypatch.setattr(common, "batches", watched)
+    monkeypatch.setattr(part1_baseline.report, "finish", lambda *args: [])
+    monkeypatch.setattr(part1_baseline.summary, "compare", lambda folder: None)
+    for first in (7, 250):
+        tree = a_tree(first)
+        monkeypatch.setattr(datasets.image_folder, "read_tree", lambda *_, tree=tree: tree)
+        folder = str(tmp_path / str(first))
+        part1_baseline.main(["--dataset", "folder", "--data-dir", "x", "--epochs", "1", "--amp",
+                             "off", "--train-fraction", "0.5", "--results-dir", folder])
+    assert len(seen) == 2
+    assert seen[1] - seen[0] == pytest.approx(243)
+
+
+def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsys):
+    images = np.random.RandomState(0).randint(0, 256, (8, 4, 4, 3), np.uint8)
+    test = np.concatenate([images[:3], images[:1], images[4:6] ^ 1])
+    assert common.count_repeated(images, test) == 4
+    labels = np.arange(8) % 2
+    arrays = datasets.Arrays("toy", ("a", "b"), images, labels, test, labels[:6])
+    monkeypatch.setattr(datasets, "digits", lambda: arrays)
+    assert common.load_data("digits", "x", CPU).repeated == 4
+    assert "warning: 4 of 6 test images stand in the training data" in capsys.readouterr().out
+    monkeypatch.setattr(datasets, "digits", lambda: arrays._replace(test_images=test ^ 3))
+    assert common.load_data("digits", "x", CPU).repeated == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_digits_are_16_pixels_a_side():
+    data = common.load_data("digits", "x", CPU)
+    assert data.train_images.shape[1:] == data.test_images.shape[1:] == (3, 16, 16)
+    assert len(data.train_labels) + len(data.test_labels) == 1797
 
 
 @pytest.fixture
 def cifar_server(tmp_path, monkeypatch):
-    """A local server with a small archive of CIFAR-10's form; torchvision's checksums are set to it."""
+    """A local server with a small archive of CIFAR-10's form; torchvision expects its checksums."""
     from torchvision.datasets import CIFAR10
 
     tree = tmp_path / "made" / CIFAR10.base_folder
@@ -119,10 +203,12 @@ def cifar_server(tmp_path, monkeypatch):
         return hashlib.md5((tree / name).read_bytes()).hexdigest()
 
     def batch(n):
-        return {"data": random.randint(0, 256, (n, 3072), dtype=np.uint8), "labels": list(range(10)) * (n // 10)}
+        pixels = random.randint(0, 256, (n, 3072), dtype=np.uint8)
+        return {"data": pixels, "labels": list(range(10)) * (n // 10)}
 
-    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", write("data_batch_1", batch(50))]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", write("test_batch", batch(20))]])
+    for name, n in (("data_batch_1", 50), ("test_batch", 20)):
+        of = "test_list" if name == "test_batch" else "train_list"
+        monkeypatch.setattr(CIFAR10, of, [[name, write(name, batch(n))]])
     names = {"label_names": [f"class {c}" for c in range(10)]}
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names",
                                           "md5": write("batches.meta", names)})
@@ -154,40 +240,68 @@ def cifar_server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}")
-    common.load_data.cache_clear()
     yield archive, Handler, server
     server.shutdown()
-    common.load_data.cache_clear()
 
 
 def load_cifar(folder):
-    return common.load_data("cifar10", str(folder), torch.device("cpu"))
+    return common.load_data("cifar10", str(folder), CPU)
 
 
 def test_cifar10_is_downloaded_then_found(tmp_path, cifar_server):
-    data = load_cifar(tmp_path / "data")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    data = load_cifar(folder)
     assert data.train_images.shape == (50, 3, 32, 32)
     assert data.test_labels.bincount().tolist() == [2] * 10
     cifar_server[2].shutdown()
-    common.load_data.cache_clear()
-    assert torch.equal(load_cifar(tmp_path / "data").test_images, data.test_images)  # no server needed
+    assert torch.equal(load_cifar(folder).test_images, data.test_images)  # no server needed
+    assert sorted(path.name for path in folder.iterdir()) == ["cifar-10-batches-py", "notes.txt"]
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_archive_of_the_users_is_unpacked_and_stays(tmp_path, cifar_server):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(cifar_server[0], folder)
+    cifar_server[2].shutdown()  # nothing is downloaded
+    assert len(load_cifar(folder).train_images) == 50
+    kept = folder / cifar_server[0].name
+    assert kept.read_bytes() == cifar_server[0].read_bytes()
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1.5])
+def test_an_incomplete_archive_of_the_users_is_named_and_left_as_it_is(tmp_path, cifar_server,
+                                                                       share):
+    content = 2 * cifar_server[0].read_bytes()
+    content = content[: int(share * len(content) / 2)]
+    archive = tmp_path / "data" / cifar_server[0].name
+    archive.parent.mkdir()
+    archive.write_bytes(content)
+    with pytest.raises(RunError, match=f"{re.escape(str(archive))} is incomplete or damaged"):
+        load_cifar(archive.parent)
+    assert archive.read_bytes() == content
+    assert list(archive.parent.iterdir()) == [archive]
 
 
 @pytest.mark.parametrize("fault", ["html", "cut", "refused"])
-def test_cifar10_download_that_fails_leaves_nothing_in_the_way(tmp_path, cifar_server, fault, monkeypatch):
+def test_a_download_that_fails_leaves_nothing_that_is_taken_for_the_data(tmp_path, cifar_server,
+                                                                         fault, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     archive, handler, _ = cifar_server
-    good, url = archive.read_bytes(), CIFAR10.url
-    if fault == "html":
-        archive.write_bytes(b"<html>Please log in</html>")
-    monkeypatch.setattr(handler, "cut", fault == "cut")
-    if fault == "refused":
-        monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/x.tar.gz")
-    with pytest.raises(common.RunError, match="--dataset folder.*--dataset digits"):
-        load_cifar(tmp_path / "data")
-    assert not list((tmp_path / "data").glob("*.gz"))
+    good = archive.read_bytes()
+    folder = tmp_path / "data"
+    with monkeypatch.context() as broken:
+        broken.setattr(handler, "cut", fault == "cut")
+        if fault == "html":
+            archive.write_bytes(b"<html>Please log in</html>")
+        if fault == "refused":
+            broken.setattr(CIFAR10, "url", "http://127.0.0.1:1/x.tar.gz")
+        with pytest.raises(RunError, match="--dataset folder.*--dataset digits"):
+            load_cifar(folder)
+    assert not [path for path in folder.glob("*") if not path.name.startswith(".")]
     archive.write_bytes(good)
-    monkeypatch.setattr(handler, "cut", False)
-    monkeypatch.setattr(CIFAR10, "url", url)
-    assert len(load_cifar(tmp_path / "data").train_images) == 50
+    assert len(load_cifar(folder).train_images) == 50
+    assert [path.name for path in folder.iterdir()] == ["cifar-10-batches-py"]

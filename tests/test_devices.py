@@ -1,18 +1,20 @@
-"""Training steps that never wait for the device; and, where there is a GPU, the same results on it as on the CPU."""
+"""Training steps never wait for the device; a GPU, where there is one, gives the CPU's results."""
 
 import contextlib
-import csv
-
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import arguments
+import checkpoints
 import common
 import part1_baseline
 import part2_robustness
 import part3_augmented
 import part4_angular
+import report
+
+import pytest
+import torch
+from conftest import META
+from torch.utils._python_dispatch import TorchDispatchMode
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -23,7 +25,8 @@ class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waits = func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
                                         torch.ops.aten.masked_select, torch.ops.aten._unique2)
-        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if waits:
             raise AssertionError(f"{func} makes the host wait for the device")
@@ -41,9 +44,10 @@ def steps_in(monkeypatch):
                 with context():
                     yield batch
                     batch = next(batches, None)
-            epoch.loss, epoch.rate = float(epoch.loss) / epoch.steps, 0.0
+            epoch.loss = float(epoch.loss) / epoch.steps
+            epoch.rate = 0.0
 
-        monkeypatch.setattr(common.Epoch, "__iter__", iterate)
+        monkeypatch.setattr(report.EpochMeter, "__iter__", iterate)
     return install
 
 
@@ -58,23 +62,58 @@ def gpu_sync_is_an_error():
 
 QUICK = ["--dataset", "digits", "--quick", "--no-umap"]
 TRAININGS = {"part1": (part1_baseline, []), "part3": (part3_augmented, ["--no-part2"]),
-             "part4": (part4_angular, ["--no-part2", "--npair-weight", "1"]),
+             "part4": (part4_angular, ["--no-part2"]),
+             "part4_proxies": (part4_angular, ["--no-part2", "--proxies"]),
              "part4_augmented": (part4_angular, ["--no-part2", "--augment", "--loss", "arcface"])}
 
 
 def test_the_detector_detects():
-    for waits in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.unique()):
+    for waits in (lambda x: x.sum().item(), lambda x: x[x > 0], torch.nonzero, torch.unique):
         with pytest.raises(AssertionError, match="wait"), NoSync():
             waits(torch.ones(3))
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_training_step_never_waits_for_the_device(name, steps_in, tmp_path):
+def test_a_training_step_never_waits_for_the_device(name, steps_in, tmp_path, tiny_backbone):
     part, flags = TRAININGS[name]
     steps_in(NoSync)
-    part.main([*QUICK, *flags, "--amp", "off", "--device", "cpu", "--batch-size", "40", "--results-dir", str(tmp_path)])
+    part.main([*QUICK, *flags, "--amp", "off", "--device", "cpu", "--batch-size", "40",
+               "--results-dir", str(tmp_path)])
     assert (tmp_path / f"{name}.pt").exists()
     assert not list(tmp_path.glob("*robustness*"))  # --no-part2
+
+
+@pytest.mark.parametrize(("bf16", "trials", "precision"), [
+    (1, 1, "bf16"), (9, 1, "off"), (2.8, 1, "bf16"), (4, 10, "bf16"), (5, 10, "off")])
+def test_the_trial_of_precisions_ends_when_it_is_clear(monkeypatch, bf16, trials, precision):
+    now = 0.0
+    calls = []
+
+    def clock():
+        nonlocal now
+        calls.append(now)
+        if len(calls) % 2 == 0:  # the end of a call; bf16 and float32 (4 seconds at first) in turn
+            now += bf16 if len(calls) % 4 == 2 else 4.1
+        return now
+
+    monkeypatch.setattr(common.time, "perf_counter", clock)
+    assert common.fastest_precision.__wrapped__(torch.device("cpu")) == precision
+    assert len(calls) == 4 * (1 + trials)  # the first of each prepares
+
+
+def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
+    def measured_anew(device):
+        raise AssertionError("measured anew")
+
+    monkeypatch.setattr(common, "fastest_precision", measured_anew)
+    for trained in ("bf16", "off"):
+        args = part2_robustness.parse_args([])
+        meta = META | {"amp": trained, "args": META["args"] | {"amp": "auto"}}
+        part2_robustness.take_from_checkpoint(args, meta)
+        assert common.Amp(args.amp, torch.device("cpu")).name == trained
+    args = part2_robustness.parse_args(["--amp", "off"])
+    part2_robustness.take_from_checkpoint(args, META | {"amp": "bf16"})
+    assert args.amp == "off"
 
 
 def test_nor_does_any_perturbation_of_the_training_data():
@@ -97,7 +136,9 @@ def test_compile_says_in_one_sentence_that_it_cannot(monkeypatch):
 
 def test_a_compiled_backbone_keeps_the_names_of_its_weights(monkeypatch):
     def wrap(what):  # as torch.compile does with a module
-        return torch.nn.ModuleDict({"_orig_mod": what}) if isinstance(what, torch.nn.Module) else what
+        if isinstance(what, torch.nn.Module):
+            return torch.nn.ModuleDict({"_orig_mod": what})
+        return what
 
     monkeypatch.setattr(torch, "compile", wrap)
     model = common.Model(2)
@@ -137,9 +178,10 @@ def test_split_predictions_and_attack_are_the_same_on_the_gpu(photos, small_mode
 @needs_gpu
 @pytest.mark.parametrize("amp", ["off", "auto", "fp16"])
 def test_all_parts_run_and_resume_on_the_gpu(tmp_path, amp, monkeypatch, capsys):
-    flags = ["--dataset", "digits", "--quick", "--device", "cuda", "--amp", amp, "--results-dir", str(tmp_path)]
+    flags = ["--dataset", "digits", "--quick", "--device", "cuda", "--amp", amp, "--results-dir",
+             str(tmp_path)]
     part1_baseline.main([*flags, "--umap-points", "60"])
-    part2_robustness.main(["--checkpoint", str(tmp_path / "part1.pt"), *flags, "--umap-points", "60"])
+    part2_robustness.main(["--checkpoint", str(tmp_path / "part1.pt"), *flags, "--no-umap"])
     part3_augmented.main([*flags, "--no-umap"])
     part4_angular.main([*flags, "--no-umap", "--augment"])
 
@@ -147,16 +189,16 @@ def test_all_parts_run_and_resume_on_the_gpu(tmp_path, amp, monkeypatch, capsys)
         save_state(*arguments)
         raise KeyboardInterrupt
 
-    save_state = common.save_state
-    monkeypatch.setattr(common, "save_state", save_and_stop)
+    save_state = checkpoints.save_state
+    monkeypatch.setattr(checkpoints, "save_state", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         part4_angular.main([*flags, "--no-umap"])
-    monkeypatch.setattr(common, "save_state", save_state)
+    monkeypatch.setattr(checkpoints, "save_state", save_state)
     part4_angular.main([*flags, "--no-umap", "--resume"])
     assert "Resumed after epoch 1" in capsys.readouterr().out
     for part in ("part2", "part3_robustness", "part4_robustness", "part4_augmented_robustness"):
-        with open(tmp_path / f"{part}.csv", newline="") as file:
-            values = [float(r["value"]) for r in csv.DictReader(file) if r["metric"] == "accuracy"]
+        values = [row["value"] for row in report.read_table(tmp_path / f"{part}.csv")
+                  if row["metric"] == "accuracy"]
         assert len(values) > 30
         assert all(0 <= v <= 1 for v in values)
 

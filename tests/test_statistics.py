@@ -1,18 +1,23 @@
 """Statistics against scipy, scikit-learn, or values worked by hand."""
 
+import math
+
+import common
+import metrics
+import report
+
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from sklearn.neighbors import KNeighborsClassifier
-
-import common
+from scipy.stats import binomtest, ttest_rel
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from torch.overrides import TorchFunctionMode
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (10, 10), (7412, 10_000), (1, 1)])
 def test_wilson_against_scipy(correct, n):
     expected = binomtest(correct, n).proportion_ci(method="wilson")
-    low, high = common.wilson_interval(correct, n)
+    low, high = metrics.wilson_interval(correct, n)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
     assert 0 <= low <= correct / n <= high <= 1
 
@@ -20,28 +25,56 @@ def test_wilson_against_scipy(correct, n):
 @pytest.mark.parametrize(("correct", "n"), [(-1, 10), (11, 10), (0, 0)])
 def test_wilson_refuses_what_is_no_proportion(correct, n):
     with pytest.raises(ValueError, match="not a proportion"):
-        common.wilson_interval(correct, n)
+        metrics.wilson_interval(correct, n)
 
 
 def test_mcnemar_by_hand():
     a = np.array([True] * 6 + [False] * 1 + [True] * 20)
     b = np.array([False] * 6 + [True] * 1 + [True] * 20)
-    assert common.mcnemar(a, b) == pytest.approx(2 * (1 + 7) / 2**7)  # 6 against 1 of 7 discordant images
-    assert common.mcnemar(b, a) == common.mcnemar(a, b)
-    assert common.mcnemar(a, a) == 1
+    assert metrics.mcnemar(a, b) == pytest.approx(2 * (1 + 7) / 2**7)  # 6 against 1 of 7
+    assert metrics.mcnemar(b, a) == metrics.mcnemar(a, b)
+    assert metrics.mcnemar(a, a) == 1
 
 
 def test_holm_by_hand():
-    assert common.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert common.holm([0.9, 0.8]) == pytest.approx([1, 1])
-    assert len(common.holm([])) == 0
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.9, 0.8]) == pytest.approx([1, 1])
+    assert len(metrics.holm([])) == 0
+
+
+def test_paired_difference_against_scipy():
+    generator = np.random.default_rng(0)
+    theirs = generator.normal(0.7, 0.02, 5)
+    ours = theirs + generator.normal(0.01, 0.005, 5)
+    found = metrics.paired_difference(ours, theirs)
+    expected = ttest_rel(ours, theirs)
+    interval = expected.confidence_interval(0.95)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.mean == pytest.approx((ours - theirs).mean()) and found.n == 5
+
+
+def test_paired_difference_by_hand():
+    found = metrics.paired_difference([0.716, 0.72, 0.724], [0.7, 0.7, 0.7])  # 2 points, sd 0.4
+    half = 4.302653 * 0.004 / math.sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.02, 0.02 - half, 0.02 + half))
+    t = 0.02 / (0.004 / math.sqrt(3))
+    assert found.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t))  # Student's, 2 degrees
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([0.8], [0.7]), ([0.8, 0.9], [0.7, 0.8])])
+def test_paired_difference_without_a_spread_tells_nothing(ours, theirs):
+    found = metrics.paired_difference(ours, theirs)
+    assert found.mean == pytest.approx(0.1)
+    assert (found.low, found.high, found.p_value) == (-math.inf, math.inf, 1)
 
 
 def test_calibration_error_by_hand():
-    # Two images at confidence 0.9 of which one is right, two at 0.6 of which both are: (2·|.5-.9| + 2·|1-.6|) / 4
+    # Two images at confidence 0.9, one right; two at 0.6, both right: (2·|.5-.9| + 2·|1-.6|) / 4
     confidence = torch.tensor([0.9, 0.9, 0.6, 0.6])
     logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
-    assert common.calibration_error(logits, torch.tensor([0, 1, 0, 0])) == pytest.approx(0.4, abs=1e-6)
+    error = metrics.calibration_error(logits, torch.tensor([0, 1, 0, 0]))
+    assert error == pytest.approx(0.4, abs=1e-6)
 
 
 def test_knn_against_sklearn():
@@ -49,10 +82,11 @@ def test_knn_against_sklearn():
     centers = torch.randn(5, 8, generator=generator) * 0.7
     labels = torch.arange(5).repeat(80)
     points = centers[labels] + torch.randn(400, 8, generator=generator)
-    reference = KNeighborsClassifier(7, metric="cosine").fit(points[:300].numpy(), labels[:300].numpy())
+    reference = KNeighborsClassifier(7, metric="cosine")
+    reference.fit(points[:300].numpy(), labels[:300].numpy())
     votes = reference.predict_proba(points[300:].numpy())
     clear = np.sort(votes)[:, -1] > np.sort(votes)[:, -2]  # no tie
-    ours = common.knn_predict(points[:300], labels[:300], points[300:], k=7).numpy()
+    ours = metrics.knn_predict(points[:300], labels[:300], points[300:], k=7).numpy()
     assert (ours == votes.argmax(1))[clear].all()
     assert clear.sum() > 50
 
@@ -60,26 +94,122 @@ def test_knn_against_sklearn():
 def test_knn_can_leave_out_the_image_itself():
     points = torch.eye(4)
     labels = torch.tensor([0, 1, 2, 3])
-    assert torch.equal(common.knn_predict(points, labels, points, k=1), labels)
-    assert not (common.knn_predict(points, labels, points, k=1, not_itself=True) == labels).any()
+    assert torch.equal(metrics.knn_predict(points, labels, points, k=1), labels)
+    others = metrics.knn_predict(points, labels, points, k=1, not_itself=True)
+    assert not (others == labels).any()
 
 
-def test_spread_takes_every_class_of_an_ordered_set():
+def two_classes_of_six():
+    """Features (12,4) and labels (12,) of two classes far apart."""
+    labels = torch.arange(2).repeat_interleave(6)
+    noise = 0.01 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    return torch.eye(4)[labels] + noise, labels
+
+
+def a_run(classes=("a", "b")):
+    sizes = {"training": 12, "evaluation": 12, "test": 12}
+    return report.Run("part1", "part1", None, "x.pt", "0" * 12, "toy", classes, sizes, "abc", 0,
+                      {}, "x", {}, torch.device("cpu"), "cpu", "off")
+
+
+def test_neighbours_are_no_more_than_the_smallest_class_has():
+    features, labels = two_classes_of_six()
+    assert metrics.neighbours_for(labels) == 6
+    assert metrics.neighbours_for(labels, not_itself=True) == 5
+    assert metrics.neighbours_for(torch.arange(3).repeat(100)) == 20
+    assert metrics.neighbours_for(torch.tensor([0, 0, 5, 5, 5])) == 2  # 1 to 4 are not there
+    panel = report.Panel("clean", "test", "clean", "", features, labels, features)
+    neighbours, width = report.umap_rows(a_run(), [panel])
+    assert (neighbours["value"], neighbours["metric"]) == (1, "5-NN accuracy in 512-d")
+    assert width["value"] > 0.9
+    prediction = common.Prediction(torch.eye(2)[labels], features, labels)
+    predictions = dict.fromkeys(("train", "evaluation", "test"), prediction)
+    rows = report.clean_rows(a_run(), predictions, 0)
+    assert {row["value"] for row in rows if row["head"] == "knn"} == {1}
+
+
+def test_a_class_of_one_image_has_no_neighbour_measure():
+    features, labels = two_classes_of_six()
+    panel = report.Panel("clean", "test", "clean", "", features[:7], labels[:7], features[:7])
+    neighbours, _ = report.umap_rows(a_run(), [panel])
+    assert math.isnan(neighbours["value"])
+    assert neighbours["metric"] == "k-NN in 512-d: a class has one image"
+
+
+def test_the_tables_have_training_accuracy_and_repeated_images():
+    features, labels = two_classes_of_six()
+    right = common.Prediction(torch.eye(2)[labels], features, labels)
+    half = right._replace(logits=torch.eye(2)[labels * 0])
+    rows = report.clean_rows(a_run(), {"train": right, "evaluation": half, "test": half}, 3)
+    own = {row["split"]: row["value"] for row in rows
+           if (row["head"], row["metric"]) == ("own", "accuracy")}
+    assert own == {"train": 1, "evaluation": 0.5, "test": 0.5}  # a generalization gap of 50 points
+    assert [row["n"] for row in rows if row["split"] == "train"] == [12]
+    repeated = [row for row in rows if row["metric"] == "images that are training images, too"]
+    assert [(row["value"], row["n"]) for row in repeated] == [(3, 12)]
+
+
+def test_evenly_spaced_takes_every_class_of_an_ordered_set():
     labels = torch.arange(10).repeat_interleave(1000)
-    counts = labels[common.spread(10_000, 500)].bincount()
+    counts = labels[common.evenly_spaced(10_000, 500)].bincount()
     assert (counts - 50).abs().max() <= 1
-    assert torch.equal(common.spread(5, 100), torch.arange(5))
+    assert torch.equal(common.evenly_spaced(5, 100), torch.arange(5))
+
+
+class Float32Device(TorchFunctionMode):
+    """A device without float64: only what was brought to the CPU before may be made float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.there = []  # tensors on the device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        on_device = any(args[0] is tensor for tensor in self.there) if args else False
+        if func is torch.Tensor.cpu and on_device:
+            return args[0].clone()
+        if on_device and func in (torch.Tensor.double, torch.Tensor.to, torch.Tensor.numpy):
+            raise TypeError("the device has no float64, nor is it the host")
+        result = func(*args, **(kwargs or {}))
+        if on_device and isinstance(result, torch.Tensor):
+            self.there.append(result)
+        return result
+
+
+def test_umap_on_a_device_without_float64_has_the_exact_neighbours(monkeypatch):
+    import umap
+
+    class Reducer:
+        def __init__(self, precomputed_knn, **_):
+            found.append(precomputed_knn)
+
+        def fit_transform(self, features):
+            return features[:, :2]
+
+    found = []
+    monkeypatch.setattr(umap, "UMAP", Reducer)
+    generator = torch.Generator().manual_seed(0)
+    features = 100 + torch.randn(300, 32, generator=generator)  # far off: float32 would be rough
+    expected = NearestNeighbors(n_neighbors=15).fit(features.double().numpy())
+    distances, indices = expected.kneighbors(features.double().numpy())
+    with Float32Device() as device:
+        device.there.append(features)
+        with pytest.raises(TypeError, match="no float64"):
+            features.double()
+        common.umap_coordinates(features, seed=0)
+    assert np.array_equal(found[0][0], indices)
+    assert np.allclose(found[0][1], distances, atol=1e-4)
 
 
 def test_umap_is_the_same_for_the_same_seed_and_keeps_neighbours_together():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat(40)
-    features = 8 * torch.randn(4, 16, generator=generator)[labels] + torch.randn(160, 16, generator=generator)
-    first, again = common.umap_coordinates(features, seed=1), common.umap_coordinates(features, seed=1)
-    assert np.array_equal(first, again)
+    features = 8 * torch.randn(4, 16, generator=generator)[labels]
+    features += torch.randn(160, 16, generator=generator)
+    first = common.umap_coordinates(features, seed=1)
+    assert np.array_equal(first, common.umap_coordinates(features, seed=1))
     assert not np.array_equal(first, common.umap_coordinates(features, seed=2))
-    near = common.knn_predict(torch.from_numpy(first - first.mean(0)), labels, torch.from_numpy(first - first.mean(0)),
-                              k=10, not_itself=True)
+    map_of = torch.from_numpy(first - first.mean(0))
+    near = metrics.knn_predict(map_of, labels, map_of, k=10, not_itself=True)
     assert (near == labels).float().mean() > 0.95
 
 
@@ -92,8 +222,9 @@ def test_linear_probe_against_sklearn():
     features = centers[labels] + torch.randn(600, 12, generator=generator)
     train, test = (features[:300], labels[:300]), (features[300:], labels[300:])
     mean, std = train[0].mean(0), train[0].std(0)
-    theirs = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000)  # the same penalty, in sklearn's terms
-    expected = torch.from_numpy(theirs.fit((train[0] - mean) / std, train[1]).predict((test[0] - mean) / std))
-    found = common.probe_predict(*train, test[0])
+    theirs = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000)  # the same penalty
+    theirs.fit((train[0] - mean) / std, train[1])
+    expected = torch.from_numpy(theirs.predict((test[0] - mean) / std))
+    found = metrics.probe_predict(*train, test[0])
     assert (found == expected).float().mean() > 0.99
     assert 0.5 < (found == test[1]).float().mean() < 0.99  # a task on which heads can differ

@@ -1,0 +1,278 @@
+"""Files: complete or absent, read without executing anything; training state, resume, locks."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+from arguments import RunError, UsageError, first_line
+
+import torch
+
+FORMAT = "small-data-robustness checkpoint"
+VERSION = 2  # 2: rows, checkpoints and states are told apart by the hash of their weights
+NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap", "no_part2"}
+
+
+# ---- complete or absent -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path beside `path` that replaces it when the block ends well.
+
+    The temporary file always has the same name: what a killed run left is overwritten by the next.
+    Raises RunError if the file cannot be written; what was there before then still stands.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"cannot write {path}: {reason}; choose another --results-dir") from None
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before "
+                       "still stands") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove(paths, why):
+    """Removes files of ours that are there, and says so in one line. A failure costs nothing."""
+    removed = []
+    for path in paths:
+        try:
+            if path.is_file():
+                path.unlink()
+                removed.append(path.name)
+        except OSError as error:
+            print(f"{path}: {why}, but cannot be removed ({error.strerror or error})")
+    if removed:
+        print(f"Removed, {why}: {', '.join(removed)}")
+
+
+def write(path, content):
+    """Writes a dict of plain values and tensors, complete or not at all."""
+    with atomic(path) as temporary:
+        try:
+            torch.save({"format": FORMAT, "version": VERSION} | content, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(first_line(error)) from None
+
+
+def read(path, device):
+    """The dict that `write` wrote. Nothing in the file is executed.
+
+    Raises UsageError for whatever is not such a file.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is refused below
+            content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such checkpoint; a training part writes it, such as: "
+                         "python part1_baseline.py") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged or hostile file can fail anywhere in torch.load
+        raise UsageError(f"{path}: not a checkpoint of this project, or damaged "
+                         f"({type(error).__name__}); expected one that a training part "
+                         "wrote") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a checkpoint of this project; expected one that a training "
+                         "part wrote")
+    if content.get("version") != VERSION:
+        raise UsageError(f"{path}: checkpoint version {content.get('version')}, this code reads "
+                         f"version {VERSION}; use the code that wrote it, or train again")
+    return content
+
+
+def weights_hash(model):
+    """A short hash of a model's weights and batch statistics; of None, "none"."""
+    if model is None:
+        return "none"
+    sha = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
+# ---- locks: one writer for the files of a part --------------------------------------------------
+
+LOCKS = {}  # path -> open file, of this process
+
+
+def lock(folder, name):
+    """Locks the files of one part for this process, until `releases_locks` gives them back.
+
+    Raises UsageError if another process has the lock. Where the file system has no locks (some
+    network drives), it warns once and goes on.
+    """
+    path = Path(folder) / f".{name}.lock"
+    if path in LOCKS:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)  # stays open until it is released
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}; choose another "
+                       "--results-dir") from None
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise UsageError(f"another run is writing {folder}/{name}.*; wait for it, or give another "
+                         "--results-dir") from None
+    except (ImportError, OSError) as error:  # Windows, a network drive
+        if not LOCKS:
+            print(f"{folder}: no file locks here ({first_line(error)}); start no second run on the "
+                  "same results")
+    LOCKS[path] = file
+
+
+def releases_locks(main):
+    """Decorates a part's `main`: the outermost call gives all locks back, however it ends."""
+
+    @functools.wraps(main)
+    def locked(argv=None):
+        outermost = not LOCKS
+        try:
+            return main(argv)
+        finally:
+            while outermost and LOCKS:
+                os.close(LOCKS.popitem()[1])
+
+    return locked
+
+
+def one_at_a_time(work):
+    """Decorates work(folder): runs that come to the same folder together take turns.
+
+    So the last of several parts that end together has seen the files of all. The folder itself is
+    locked; where the file system has no locks, nobody waits.
+    """
+
+    @functools.wraps(work)
+    def in_turn(folder):
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                opened = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, opened)
+                fcntl.flock(opened, fcntl.LOCK_EX)
+            return work(folder)
+
+    return in_turn
+
+
+# ---- training state and resume ------------------------------------------------------------------
+
+
+def identity(args, amp, device, data_hash):
+    """What a resumed run must have in common with its first half, by the flag that sets it."""
+    flags = {"--amp": amp, "--device": device.type, "--data-dir with the data": data_hash}
+    for name, value in args.items():
+        if name not in NO_EFFECT and name != "amp":
+            flags["--" + name.replace("_", "-")] = value
+    return flags
+
+
+def check_identity(path, before, now):
+    """Raises UsageError if a resumed run's identity differs from its first half's."""
+    for flag, value in now.items():
+        had = before.get(flag)
+        if had == value:
+            continue
+        if had is None or had is False:
+            advice = f"leave {flag} out"
+        elif had is True:
+            advice = f"give {flag}"
+        else:
+            advice = f"give {flag} {had}"
+        raise UsageError(f"--resume: the run in {path} had {flag} {had}, this one has {value}; "
+                         f"{advice}, or leave --resume out to start anew")
+
+
+def save_state(path, identity, epoch, history, parts, generator):
+    """Saves a training after `epoch` finished epochs. parts: name → object with a state_dict."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    write(path, {"identity": identity, "epoch": epoch, "history": history, "parts": states,
+                 "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
+
+
+def resume(path, wanted, identity, epochs, parts, generator):
+    """Where a training starts: (start_epoch, history), after the state of `save_state` if `wanted`.
+
+    Without --resume an old state stays until the first epoch's replaces it; if it was unfinished,
+    one line says so. Raises UsageError if an argument that changes the result differs from the
+    saved run's, or if the state does not fit this code.
+    """
+    if not Path(path).exists():
+        return 0, []
+    if not wanted:
+        tell_what_is_dropped(path, "epoch", epochs)
+        return 0, []
+    content = read(path, "cpu")
+    try:
+        check_identity(path, content["identity"], identity)
+        for name, part in parts.items():
+            part.load_state_dict(content["parts"][name])
+        generator.set_state(content["generator"].cpu())
+        torch.set_rng_state(content["torch_rng"])
+        start_epoch, history = int(content["epoch"]), list(content["history"])
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
+                         f"fit ({first_line(error)}); leave --resume out to start anew") from None
+    print(f"Resumed after epoch {start_epoch}")
+    return start_epoch, history
+
+
+def save_finished(path, identity, finished):
+    """Saves the conditions that part 2 has finished. finished: (name, severity) → values."""
+    write(path, {"identity": identity, "finished": list(finished.items())})
+
+
+def resume_finished(path, wanted, identity, device):
+    """The conditions that `save_finished` left, if `wanted`, else none. Raises as `resume` does."""
+    if not Path(path).exists():
+        return {}
+    if not wanted:
+        tell_what_is_dropped(path, "finished", None)
+        return {}
+    content = read(path, device)
+    try:
+        check_identity(path, content["identity"], identity)
+        finished = {tuple(key): tuple(value) for key, value in content["finished"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
+                         f"fit ({first_line(error)}); leave --resume out to start anew") from None
+    print(f"Resumed after {len(finished)} conditions")
+    return finished
+
+
+def tell_what_is_dropped(path, key, of):
+    """One line about an unfinished state that a run without --resume will replace."""
+    try:
+        done = read(path, "cpu")[key]
+        count = int(done) if of else len(done)
+    except (UsageError, KeyError, TypeError, ValueError):
+        print(f"{path} is not a state that this code can continue; it will be replaced")
+        return
+    if of and count >= of:
+        return
+    what = f"{count} of {of} epochs" if of else f"{count} conditions"
+    print(f"{path}: an unfinished run ({what} done) will be replaced; to continue it instead, stop "
+          "now and add --resume")

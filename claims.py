@@ -1,0 +1,208 @@
+"""The table that opens a summary: claims, their evidence, and whether it supports them."""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import common
+import metrics
+import report
+from comparison import HELD_OUT, SEEN, TEST, pairs, right, spoken, verdict
+from pages import escape, markdown_table
+
+import numpy as np
+
+STRONGEST = ("worst_case", "worst_case_l2", "pgd", "pgd_l2", "fgsm", "fgsm_l2")
+OUTCOMES = {"better": "supported", "worse": "contradicted"}
+CLAIMED = {TEST: "on clean test images", SEEN: "under perturbations of families that part 3 "
+           "trains on", HELD_OUT: "under perturbations of held-out families"}
+
+
+class Claim(NamedTuple):
+    """A line of the table that opens a summary."""
+
+    claim: str
+    evidence: str
+    verdict: str  # "supported", "contradicted", "not resolved", with of what
+    file: str
+
+
+def claims_table(claims):
+    body = [(claim.claim, claim.evidence, f"**{claim.verdict}**", claim.file) for claim in claims]
+    return markdown_table(("claim", "evidence", "verdict", "file"), body, left=4)
+
+
+def claims_of_one(study, table, tests):
+    """The Claims that one training of each part allows: all of them are of these networks."""
+    claims = []
+    part1 = study.parts.get("part1")
+    if part1:
+        claims += gap_claim(part1) + perturbation_claim(part1, table)
+    for part, reference in pairs(study.parts):
+        ours, theirs = study.parts[part], study.parts[reference]
+        for row in tests:
+            key = row["split"], row["condition"], row["severity"]
+            mine = row["part"], row["reference"]
+            if mine == (part, reference) and key == ("test", "clean", ""):
+                change = image_difference(ours, theirs, {"clean": [key]})
+                claims.append(network_claim(ours, theirs, TEST, change, row["p_holm"]))
+        means = {}
+        for title, note in ((SEEN, "yes"), (HELD_OUT, "no")):
+            change = image_difference(ours, theirs, keys_of(table, note))
+            if change:
+                means[title] = change
+        corrected = metrics.holm([change.p_value for change in means.values()])
+        for (title, change), p_value in zip(means.items(), corrected, strict=True):
+            claims.append(network_claim(ours, theirs, title, change, p_value))
+    claims += attack_claims([study], "this network: ")
+    return claims + audit_claim([study])
+
+
+def gap_claim(part):
+    """That a part has learned its training images better than what they show."""
+    train = part.accuracies.get(("train", "clean", ""))
+    test = part.accuracies.get(("test", "clean", ""))
+    if not train or not test:
+        return []
+    apart = (train["ci_low"] > test["ci_high"]) - (train["ci_high"] < test["ci_low"])
+    outcome = ("not resolved", "supported", "contradicted")[apart]
+    gap = f"{100 * (train['value'] - test['value']):.1f} points"
+    return [Claim(f"{part.title} is more accurate on its training images than on test images",
+                  f"training {with_interval(train)}, test {with_interval(test)}: a generalization "
+                  f"gap of {gap}", f"this network: {outcome}", f"{part.name}.csv")]
+
+
+def perturbation_claim(part, table):
+    """That perturbations cost accuracy, on the same images (JPEG of JPEG left out)."""
+    perturbed = mean_right(part, keys_of(table, "yes") | keys_of(table, "no"))
+    clean = right(part, ("test", "clean", ""))
+    if perturbed is None or clean is None or len(perturbed) != len(clean):
+        return []
+    change = metrics.paired_difference(perturbed, clean)
+    outcome = OUTCOMES.get(verdict(change.p_value, -change.mean), "not resolved")
+    return [Claim(f"Perturbations cost {part.title} accuracy",
+                  f"{over_images(change)}, p {probability(change.p_value)}",
+                  f"this network: {outcome}", f"{report.robustness_name(part.name)}.csv")]
+
+
+def keys_of(table, note):
+    """{condition: [(split, condition, severity)]} of the perturbations of one in_part3_training."""
+    keys = {}
+    for row in table:
+        if row["in_part3_training"] == note:
+            key = row["split"], row["condition"], row["severity"]
+            keys.setdefault(row["condition"], {})[key] = None  # a dict: each once, in order
+    return keys
+
+
+def mean_right(part, keys):
+    """(n,) shares of conditions under which each image is right; None unless all are known."""
+    means = []
+    for severities in keys.values():
+        arrays = [right(part, key) for key in severities]
+        if any(array is None for array in arrays):
+            return None
+        means.append(np.mean(arrays, axis=0))
+    return np.mean(means, axis=0) if means else None
+
+
+def image_difference(ours, theirs, keys):
+    """The metrics.Difference of two networks over the same images, or None."""
+    mine, other = mean_right(ours, keys), mean_right(theirs, keys)
+    if mine is None or other is None or mine.shape != other.shape:
+        return None
+    return metrics.paired_difference(mine, other)
+
+
+def network_claim(ours, theirs, title, change, p_value):
+    """That one network is more accurate than another."""
+    sentence = f"{ours.title} is more accurate than {theirs.title} {CLAIMED[title]}"
+    if change is None or p_value == "":
+        return Claim(sentence, "which images are right is not known of both", "not tested",
+                     "comparison.csv")
+    outcome = OUTCOMES.get(verdict(p_value, change.mean), "not resolved")
+    return Claim(sentence, f"{over_images(change)}, p {probability(p_value)}",
+                 f"this network: {outcome}", "comparison.csv")
+
+
+def attack_claims(studies, whose):
+    """That parts do not withstand the strongest attack, each network against guessing.
+
+    Of several trainings a verdict stands only if each of them gives it.
+    """
+    outcomes = {}
+    for name in common.PARTS:
+        for study in studies:
+            outcome = attack_outcome(study.parts[name]) if name in study.parts else None
+            if outcome:
+                outcomes.setdefault(outcome.claim, []).append(outcome)
+    claims = []
+    for claim, found in outcomes.items():
+        verdicts = {outcome.verdict for outcome in found}
+        said = verdicts.pop() if len(verdicts) == 1 else "not resolved"
+        evidence = "; ".join(outcome.evidence for outcome in found)
+        claims.append(Claim(claim, evidence, whose + said, found[0].file))
+    return claims
+
+
+def attack_outcome(part):
+    """The Claim about the strongest attack tried on a part at its largest eps, or None."""
+    classes = part.record.get("classes") if part.record else None
+    for condition in STRONGEST:
+        rows = [row for key, row in part.accuracies.items() if key[1] == condition and key[2]]
+        if rows and isinstance(classes, list) and classes:
+            row = max(rows, key=lambda row: float(row["severity"]))
+            guessing = 1 / len(classes)
+            apart = (row["ci_high"] < guessing) - (row["ci_low"] > guessing)
+            return Claim(f"{part.title} does not withstand attacks: less than guessing "
+                         f"({report.percent(guessing)} %) under {spoken(condition)} "
+                         f"{float(row['severity']):g}/255", with_interval(row),
+                         ("not resolved", "supported", "contradicted")[apart],
+                         f"{report.robustness_name(part.name)}.csv")
+    return None
+
+
+def audits(study):
+    """[(sentence, passed)] of the audits of all attacks."""
+    found = []
+    for part in study.parts.values():
+        for row in part.rows:
+            if row["metric"].startswith("audit: "):
+                text = f"{part.name}: {escape(row['metric'].removeprefix('audit: '))}"
+                found.append((text, row["value"] == 1))
+    return found
+
+
+def audit_claim(studies):
+    found = list(itertools.chain.from_iterable(audits(study) for study in studies))
+    if not found:
+        return []
+    passed = sum(passed for _, passed in found)
+    outcome = "supported" if passed == len(found) else "contradicted"
+    return [Claim("The attacks pass all their audits, so that their figures can be believed",
+                  f"{passed} of {len(found)} pass", outcome, "summary.md, Audit of the attacks")]
+
+
+def with_interval(row):
+    """An accuracy with its interval and n, in words."""
+    return (f"{report.percent(row['value'])} % ({report.percent(row['ci_low'])} to "
+            f"{report.percent(row['ci_high'])}, n = {row['n']:,})")
+
+
+def points(difference):
+    return f"{100 * difference:+.1f} points"
+
+
+def between(change):
+    """A Difference with its interval, in points."""
+    if not math.isfinite(change.low):
+        return f"{points(change.mean)} (no interval)"
+    return f"{points(change.mean)} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+
+
+def over_images(change):
+    return f"{between(change)}, n = {change.n:,} images"
+
+
+def probability(p_value):
+    return "< 0.001" if p_value < 0.001 else f"= {p_value:.2g}"

@@ -1,0 +1,467 @@
+"""What a results directory holds, joined by weights, and what can be compared in it."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import common
+import metrics
+import report
+from arguments import UsageError
+from pages import escape, markdown_table
+
+import numpy as np
+
+ALPHA = 0.05  # of Holm's correction over one table
+REFERENCES = {"part3": ("part1", "part3_crop_flip"), "part3_crop_flip": ("part1",),
+              "part4": ("part1",), "part4_proxies": ("part1",), "part4_augmented": ("part3",),
+              "part4_proxies_augmented": ("part3",)}  # what a part is compared with
+ATTACKS = ("fgsm", "pgd", "random", "worst_case")  # how the names of attacks begin
+SWEPT = ("fgsm", "fgsm_l2", "worst_case", "worst_case_l2")  # shown at every eps
+ACRONYMS = {"fgsm": "FGSM", "pgd": "PGD", "l2": "L2", "jpeg": "JPEG", "part1": "part 1"}
+JPEG_COPY = "CIFAR-10 (JPEG copy)"  # whose training images have been compressed already
+JPEG_NOTE = "training images are JPEG"
+SEEN = "mean, perturbations of seen families"
+HELD_OUT = "mean, perturbations of held-out families"
+MEANS = {"yes": SEEN, "no": HELD_OUT}  # by in_part3_training
+ALL_PERTURBED = "mean over perturbations (mPC)"
+TEST = "test set"
+TRAIN = "training images"
+GROUPS = {"clean": "Clean images", "perturbed": "Perturbed test images",
+          "attacked": "Attacked test images"}  # of the lines of the large tables
+SPLITS = {"train": TRAIN, "evaluation": "evaluation split", "test": TEST}
+
+
+# ---- what a folder holds ------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What a folder holds of one part; everything is of the same weights."""
+
+    name: str
+    label: str
+    weights: str
+    seed: int
+    rows: list  # of its own table, then of part 2's on it
+    correct: dict  # "split/condition/severity" -> booleans (n,)
+    record: dict  # of its training, or None
+    part2_record: dict  # of part 2 on it, or None
+    has_part2: bool
+    accuracies: dict  # (split, condition, severity) -> row of its own head; its own table first
+
+    @property
+    def title(self):
+        return f"{self.name} ({escape(self.label)})"
+
+    @property
+    def args(self):
+        return self.record["args"] if self.record else {}
+
+
+class Study(NamedTuple):
+    """One results directory: parts of one data set and one split."""
+
+    folder: Path
+    dataset: str
+    split_hash: str
+    parts: dict  # name -> Part
+    left_out: list  # sentences
+    seen: list  # families that part 3 trained on
+
+    @property
+    def titles(self):
+        return {name: part.title for name, part in self.parts.items()}
+
+
+def read_study(folder):
+    """The Study in `folder`.
+
+    Raises UsageError if nothing is there, if a file is not what a part wrote, or if its tables are
+    of several data sets or splits.
+    """
+    folder = Path(folder)
+    studies = {(row["dataset"], row["split_hash"]) for row in report.read_all(folder)}
+    if not studies:
+        raise UsageError(f"{folder} holds no results; expected a directory that the parts wrote")
+    if len(studies) > 1:
+        raise UsageError(f"{folder} holds results of {len(studies)} data sets or splits, expected "
+                         f"one: {sorted(studies)}; give each its own --results-dir")
+    left_out = []
+    parts = {}
+    part1 = ""
+    for name in common.PARTS:
+        part = read_part(folder, name, part1, left_out)
+        if part:
+            parts[name] = part
+        if part and name == "part1":
+            part1 = part.weights
+    if not parts:
+        raise UsageError(f"{folder} holds no table of the part that its name says: "
+                         f"{'; '.join(left_out)}")
+    if not any(part.accuracies for part in parts.values()):
+        raise UsageError(f"{folder} holds no accuracy of any part; {report.REWRITE}")
+    seen = parts["part3"].args.get("families") if "part3" in parts else None
+    if not isinstance(seen, list):
+        seen = common.SEEN_FAMILIES
+    dataset, split_hash = studies.pop()
+    return Study(folder, dataset, split_hash, parts, left_out, seen)
+
+
+def read_part(folder, name, part1, left_out):
+    """The Part in `folder`, or None; appends to `left_out` what is there but is not of it.
+
+    Its own table decides which weights count; where there is none, part 2's table on it does.
+    part1: the weights of the part 1 in the folder, or "".
+    """
+    robustness = report.robustness_name(name)
+    own = rows_of_part(folder, name, name, left_out)
+    part2 = rows_of_part(folder, robustness, name, left_out)
+    if not own and not part2:
+        return None
+    first = (own or part2)[0]
+    weights = first["weights"]
+    decides = f"{name if own else robustness}.csv"
+
+    def same(file, found):
+        if found == weights:
+            return True
+        sentence = f"{file}: of weights {found}, {decides} is of {weights}"
+        if sentence not in left_out:
+            left_out.append(sentence)
+        return False
+
+    own = [row for row in own if same(f"{name}.csv", row["weights"])]
+    part2 = [row for row in part2 if same(f"{robustness}.csv", row["weights"])]
+    correct = {}
+    records = {}
+    made_on = "that no file names"
+    for file in (robustness, name):  # the part's own images replace part 2's
+        images = report.read_correct(folder, file)
+        if images and same(f"{file}_correct.npz", images.weights):
+            correct |= images.images
+            if file == robustness:
+                made_on = images.part1
+        record = report.read_record(folder, file)
+        if record and same(f"{file}.json", record["weights"]):
+            records[file] = record
+    if part1 and made_on not in (part1, "none"):
+        kept = [row for row in part2 if not depends_on_part1(row["condition"])]
+        if len(kept) < len(part2):
+            left_out.append(f"{robustness}.csv, attacks with part 1's images: made on weights "
+                            f"{made_on}, the part 1 here is of {part1}")
+            part2 = kept
+    return Part(name, label(name, records.get(name)), weights, first["seed"], own + part2, correct,
+                records.get(name), records.get(robustness), bool(part2),
+                accuracies_of(own + part2))
+
+
+def accuracies_of(rows):
+    """{(split, condition, severity): row} of a part's own head; of two rows the first counts."""
+    found = {}
+    for row in rows:
+        if (row["head"], row["metric"]) == ("own", "accuracy"):
+            found.setdefault((row["split"], row["condition"], row["severity"]), row)
+    return found
+
+
+def rows_of_part(folder, file, name, left_out):
+    """The rows of a table that are about the part `name`; what else it holds is left out."""
+    mine = []
+    others = {}
+    for row in report.read_table(folder / f"{file}.csv"):
+        if row["part"] == name:
+            mine.append(row)
+        else:
+            others[row["part"]] = None
+    if others:
+        left_out.append(f"{file}.csv: rows of {', '.join(others)}, expected {name}")
+    return mine
+
+
+def depends_on_part1(condition):
+    """Whether an attack's accuracy depends on which part 1 made adversarial images."""
+    return "from_part1" in condition or condition.startswith("worst_case")
+
+
+def label(name, record):
+    """What a part's model is called; by its name alone where no record says more."""
+    try:
+        return report.label(name, record["args"] if record else {})
+    except (KeyError, TypeError):  # a record that somebody edited
+        return report.LABELS[name]
+
+
+# ---- accuracies, and the test of one network against another ------------------------------------
+
+
+def family_of(condition):
+    """The family of a condition; "" for clean images."""
+    if condition == "clean":
+        return ""
+    if condition in common.FAMILY:
+        return common.FAMILY[condition]
+    if condition.startswith(ATTACKS):
+        return "attack"
+    return "CIFAR-10-C" if condition.startswith("cifar10c") else "other"
+
+
+def in_training(study, condition):
+    """Whether part 3 trained on a perturbation: "yes", "no", or JPEG_NOTE; "" for the rest."""
+    if condition not in common.FAMILY:
+        return ""
+    if condition == "jpeg" and study.dataset == JPEG_COPY:
+        return JPEG_NOTE
+    return "yes" if common.FAMILY[condition] in study.seen else "no"
+
+
+def measured(study):
+    """The accuracies of every part's own head, a dict each; training images included."""
+    table = []
+    for part in study.parts.values():
+        for (split, condition, severity), row in part.accuracies.items():
+            table.append({
+                "dataset": row["dataset"], "split_hash": row["split_hash"], "split": split,
+                "condition": condition, "severity": severity, "family": family_of(condition),
+                "in_part3_training": in_training(study, condition), "part": part.name,
+                "accuracy": row["value"], "ci_low": row["ci_low"], "ci_high": row["ci_high"],
+                "n": row["n"], "weights": part.weights})
+    return table
+
+
+def network_tests(study):
+    """The rows of comparison.csv: one a condition, part and reference.
+
+    Adds to those of `measured`, without training images: reference, difference (fraction), p_holm
+    (McNemar's exact test on the same images, Holm's correction over all conditions of this part and
+    reference) and verdict: "better", "worse" or "no difference shown", each of these networks
+    alone, or "not tested" and why.
+    """
+    mine = {name: [] for name in study.parts}
+    for row in measured(study):
+        if row["split"] != "train":
+            mine[row["part"]].append(row)
+    table = []
+    for name, part in study.parts.items():
+        references = [other for other in REFERENCES.get(name, ()) if other in study.parts]
+        for other in references:
+            table += against(part, study.parts[other], mine[name])
+        if not references:
+            empty = {"reference": "", "difference": "", "p_holm": "", "verdict": ""}
+            table += [row | empty for row in mine[name]]
+    return table
+
+
+def against(part, reference, mine):
+    """The rows `mine` of a part with the test against a reference."""
+    theirs = reference.accuracies
+    results = []
+    tested = []
+    p_values = []
+    for row in mine:
+        key = row["split"], row["condition"], row["severity"]
+        other = theirs.get(key)
+        ours_right, theirs_right = right(part, key), right(reference, key)
+        result = row | {"reference": reference.name, "difference": "", "p_holm": ""}
+        if other is None:
+            result["verdict"] = f"not tested: {reference.name} has no such figure"
+        elif other["n"] != row["n"]:
+            result["verdict"] = (f"not tested: {row['n']} images, {reference.name} has "
+                                 f"{other['n']} others")
+        else:
+            result["difference"] = row["accuracy"] - other["value"]
+            if row["family"] == "attack":
+                result["verdict"] = "not tested: an attack needs several trainings"
+            elif ours_right is None or theirs_right is None:
+                result["verdict"] = "not tested: which images are right is not known of both"
+            else:
+                tested.append(result)
+                p_values.append(metrics.mcnemar(ours_right, theirs_right))
+        results.append(result)
+    for result, p_value in zip(tested, metrics.holm(p_values), strict=True):
+        result["p_holm"] = float(p_value)
+        result["verdict"] = verdict(p_value, result["difference"]) or "no difference shown"
+    return results
+
+
+def right(part, key):
+    """Which images are classified right, booleans (n,); None where no file says it.
+
+    key: (split, condition, severity).  An array that does not give the table's accuracy is of
+    another run, and counts as none.
+    """
+    row = part.accuracies.get(key)
+    images = part.correct.get("/".join(key))
+    if row is None or images is None or len(images) != row["n"]:
+        return None
+    return images if abs(images.mean() - row["value"]) < 1e-5 else None
+
+
+def verdict(p_holm, difference):
+    """ "better", "worse", or "" where the corrected p-value does not tell the two apart."""
+    if p_holm >= ALPHA:
+        return ""
+    return "better" if difference > 0 else "worse"
+
+
+# ---- the lines that a reader compares -----------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One line of the large tables: a measure of every part."""
+
+    group: str  # one of GROUPS
+    title: str
+    values: dict  # part -> fraction, nan where it was not measured
+    compared: bool = True  # whether larger is better, and differences are tested
+    single: bool = False  # whether it is one perturbation
+
+    @property
+    def markdown(self):
+        return f"**{self.title}**" if self.title.startswith("mean") else self.title
+
+
+def shared(tables):
+    """The tables without perturbations that some model of some table was not tested on.
+
+    Only so do means compare. Models that no perturbation was tried on do not count.
+    """
+    tested = {}
+    for i, table in enumerate(tables):
+        for row in table:
+            if is_perturbed(row):
+                tested.setdefault((i, row["part"]), set()).add((row["condition"], row["severity"]))
+    in_all = set.intersection(*tested.values()) if tested else set()
+
+    def kept(row):
+        return not is_perturbed(row) or (row["condition"], row["severity"]) in in_all
+
+    return [list(filter(kept, table)) for table in tables]
+
+
+def is_perturbed(row):
+    return row["family"] not in ("", "attack")
+
+
+def overview(table, names):
+    """The Lines of a table of `measured` rows, for the parts `names`. Severities are averaged.
+
+    mPC is the mean over perturbations; the corruption error is each perturbation's error divided by
+    part 1's, averaged (Hendrycks & Dietterich 2019, with part 1 in AlexNet's place).
+    """
+    clean = {}
+    levels = {}
+    groups = {"yes": [], "no": [], JPEG_NOTE: [], "": []}  # conditions by in_part3_training
+    for row in table:
+        condition = row["condition"]
+        if condition == "clean":
+            clean[row["split"], row["part"]] = row["accuracy"]
+        elif is_perturbed(row) and row["split"] == "test":
+            levels.setdefault((condition, row["part"]), []).append(row["accuracy"])
+            if condition not in groups[row["in_part3_training"]]:
+                groups[row["in_part3_training"]].append(condition)
+
+    def over(conditions):
+        values = {}
+        for name in names:
+            means = [np.mean(levels.get((condition, name), math.nan)) for condition in conditions]
+            values[name] = float(np.mean(means))
+        return values
+
+    lines = []
+    for split, title in SPLITS.items():
+        values = {name: clean.get((split, name), math.nan) for name in names}
+        lines.append(Line("clean", title, values, split != "train"))
+    train, test = lines[0].values, lines[2].values
+    gaps = {name: train[name] - test[name] for name in names}
+    lines.append(Line("clean", "generalization gap (training - test)", gaps, False))
+    for note, conditions in groups.items():
+        for condition in conditions:
+            about = f"; {note}" if note == JPEG_NOTE else ""
+            title = f"{spoken(condition)} ({family_of(condition)}{about})"
+            lines.append(Line("perturbed", title, over([condition]), single=True))
+        if conditions and note in MEANS:
+            lines.append(Line("perturbed", MEANS[note], over(conditions)))
+    perturbed = groups["yes"] + groups["no"] + groups[JPEG_NOTE]
+    if perturbed:
+        means = over(perturbed)
+        relative = {name: means[name] / (test[name] or math.nan) for name in names}
+        errors = {name: np.mean([corruption_error(over([condition]), name)
+                                 for condition in perturbed]) for name in names}
+        lines += [Line("perturbed", ALL_PERTURBED, means),
+                  Line("perturbed", "mPC relative to clean", relative, False),
+                  Line("perturbed", "corruption error (part1: 100)", errors, False)]
+    return lines + attack_lines(table, names)
+
+
+def corruption_error(accuracy, name):
+    reference = 1 - accuracy.get("part1", math.nan)
+    return (1 - accuracy[name]) / reference if reference else math.nan
+
+
+def attack_lines(table, names):
+    """A Line for each attack, eps and number of images; beside FGSM only where PGD ran, too."""
+    values = {}
+    for row in table:
+        if row["family"] == "attack":
+            key = row["condition"], float(row["severity"] or 0), row["n"]
+            values.setdefault(key, dict.fromkeys(names, math.nan))[row["part"]] = row["accuracy"]
+    audited = {eps for condition, eps, _ in values if condition.startswith("pgd")}
+    lines = []
+    for condition, eps, n in sorted(values):
+        if eps == 0 and condition in SWEPT:
+            title = f"{spoken(condition)}: the same {n:,} images, not attacked"
+        elif eps > 0 and (eps in audited or condition in SWEPT):
+            title = f"{spoken(condition)} {eps:g}/255, n = {n:,}"
+        else:
+            continue
+        lines.append(Line("attacked", title, values[condition, eps, n], eps > 0))
+    return lines
+
+
+def spoken(name):
+    """A condition's name as a person reads it, escaped."""
+    return escape(" ".join(ACRONYMS.get(word, word) for word in name.split("_")))
+
+
+def cell(value):
+    return report.percent(value) if math.isfinite(value) else "-"
+
+
+def lines_table(lines, group, titles):
+    """The Lines of one group as a Markdown table; means in bold."""
+    body = []
+    for line in lines:
+        if line.group == group:
+            cells = [cell(line.values[name]) for name in titles]
+            body.append((line.markdown, *cells))
+    return markdown_table(("accuracy, %", *titles.values()), body)
+
+
+def explanation(study, table, whole):
+    """The lines under the large tables: what is a mean of what."""
+    severities = set()
+    kept = set()
+    for row in table:
+        kept.add((row["condition"], row["severity"]))
+        if row["in_part3_training"] and row["severity"]:
+            severities.add(row["severity"])
+    dropped = {(row["condition"], row["severity"]) for row in whole} - kept
+    held_out = [family for family in dict.fromkeys(common.FAMILY.values())
+                if family not in study.seen]
+    seen = escape(", ".join(map(str, study.seen))) or "none"
+    text = (f"Means are over severities ({', '.join(sorted(severities)) or 'none tested'}), then "
+            f"over perturbations. Families that part 3 trains on: {seen}; held out: "
+            f"{', '.join(held_out)}.")
+    if any(row["in_part3_training"] == JPEG_NOTE for row in table):
+        text += (f" JPEG is left out of the held-out mean, since the {JPEG_NOTE} (it counts in "
+                 "mPC).")
+    if dropped:
+        text += (" Left out, as not every model was tested on them: "
+                 f"{len(dropped)} pairs of condition and severity.")
+    return text
+
+
+def pairs(parts):
+    """(part, reference) of all comparisons that the parts allow."""
+    return [(part, reference) for part in parts for reference in REFERENCES.get(part, ())
+            if reference in parts]

@@ -1,0 +1,613 @@
+"""Every figure. None of them can cost the run, and none depends on the user's own matplotlib.
+
+Each public function writes one PNG, complete or not at all; if it cannot, it prints one line.
+`run` has the attributes part ("part3"), label ("augmented"), dataset, classes (names) and seed.
+`rows` are dicts of condition, severity (text: "", "3", or eps in 1/255), metric, value, ci_low,
+ci_high (fractions) and n.
+"""
+
+import functools
+import math
+import re
+import unicodedata
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from arguments import RunError
+from checkpoints import atomic
+from common import HELD_OUT_FAMILIES
+from perturbations import FAMILY
+
+import matplotlib.style
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+# ---- colours ------------------------------------------------------------------------------------
+
+# No colour is in two of these sets. Those of classes, of parts and of attacks stay apart under
+# protanopia and deuteranopia.
+CLASS_COLORS = ("#409595", "#4080FF", "#EABF00", "#552A00", "#801555",
+                "#15D4FF", "#00D4AA", "#955555", "#BF6A15", "#0015EA")
+PART_COLORS = {"part1": "#0072B2", "part3": "#D55E00", "part3_crop_flip": "#E6B800",
+               "part4": "#009E73", "part4_augmented": "#EA95FF",
+               "part4_proxies": "#AA006A", "part4_proxies_augmented": "#AA0015"}
+PART_MARKERS = dict(zip(PART_COLORS, "osvDP^X", strict=True))
+
+
+class Look(NamedTuple):
+    """How a curve is drawn."""
+
+    label: str
+    color: str
+    marker: str
+    line: str
+
+
+ATTACK = {  # by condition; in the L2 norm, "_l2" follows the first word
+    "fgsm": Look("FGSM", "#6A55EA", "o", "-"),
+    "fgsm_predicted": Look("FGSM, predicted labels", "#80BFEA", "x", "--"),
+    "fgsm_targeted": Look("FGSM, least likely class", "#4FA82E", "D", "--"),
+    "fgsm_from_part1": Look("FGSM, made on part 1", "#005500", "v", "--"),
+    "pgd": Look("PGD", "#2A156A", "^", ""),  # at few eps: a line between them would be a guess
+    "worst_case": Look("worst case of each image", "#000000", "*", ":"),
+    "random": Look("random noise of the same size", "#777777", "s", "-"),
+}
+SEVERITY_COLORS = {"1": "#C9B799", "2": "#AA9373", "3": "#8A7355", "4": "#614C32", "5": "#3A2914"}
+NEUTRAL = "#555555"  # training curves, reference lines, what has no severity
+FAINT = "#CCCCCC"  # points of classes that are not named, lines to guide the eye
+DIAGONAL = "#DDDDDD"
+
+# ---- style, text, files -------------------------------------------------------------------------
+
+WIDTH = 7.2  # inches: the width of a page's text, for which the font sizes are meant
+LARGEST = 15  # inches: no side of a figure is longer
+SMALL, TEXT = 7.5, 8  # points
+ALL_NAMED = 20  # with more classes, only some are named and coloured in a UMAP
+CELL_TEXT = 25  # with more classes, the cells of a confusion matrix have no numbers
+MOST_LABELS = 40  # along one side of a confusion matrix
+STYLE = {
+    "font.size": TEXT, "axes.labelsize": TEXT, "axes.titlesize": SMALL, "legend.fontsize": SMALL,
+    "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.linewidth": 0.6, "grid.alpha": 0.3, "grid.linewidth": 0.5,
+    "lines.linewidth": 1.3, "lines.markersize": 4, "figure.dpi": 160,
+    "text.parse_math": False,  # a class may be called $5_$10
+}
+BARS = {"elinewidth": 0.9, "capsize": 1.5}  # of intervals
+
+
+def guarded(draw):
+    """Makes any failure to draw or to write one printed line: a figure never ends a training.
+
+    A figure of that name that is already there is of a former model, so it is removed.
+    """
+
+    @functools.wraps(draw)
+    def drawn(path, *args, **kwargs):
+        try:
+            with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
+                warnings.simplefilter("ignore")  # about characters that no font has
+                draw(path, *args, **kwargs)
+        except Exception as error:  # MemoryError included; matplotlib raises whatever it likes
+            line = f"{path}: not drawn ({reason(error)}){remove_former(path)}"
+            print(line.encode("ascii", "backslashreplace").decode(), flush=True)
+
+    return drawn
+
+
+def reason(error):
+    """What an exception says, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RunError):
+        return text.split(";")[0]  # without "what was there before still stands": it does not
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def remove_former(path):
+    """Removes a former model's figure; returns what to say about it."""
+    try:
+        Path(path).unlink()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError):
+        return "; what is there is of an earlier run and could not be removed"
+    return "; the figure of an earlier run was removed"
+
+
+def new_figure(height, width=WIDTH):
+    """A figure (inches) on its own canvas, unknown to pyplot."""
+    figure = Figure(figsize=(min(width, LARGEST), min(height, LARGEST)), layout="compressed")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure, path, caption):
+    """Writes a figure with its caption, complete or not at all; same input, same bytes."""
+    size = SMALL * figure.get_figwidth() / WIDTH  # as large on the page, whatever the width
+    lines = [""]
+    for word in caption.replace(" %", "\N{NO-BREAK SPACE}%").split(" "):
+        if cells(f"{lines[-1]} {word}") > 108:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip(" ")
+    figure.supxlabel("\n".join(lines), fontsize=size, color="#444444")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})
+
+
+def cells(text):
+    """How wide a text is, in Latin characters."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def plain(text, width):
+    """A user's text in one line, without its middle if wider than `width` Latin characters."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    if cells(text) <= width:
+        return text
+    keep = width // 2 if cells(text) > len(text) else width
+    return f"{text[: keep - keep // 3 - 1]}…{text[-(keep // 3) :]}"
+
+
+def model_name(part, label):
+    """What captions and legends call a model: "Part 3 (augmented)"."""
+    found = re.match(r"part(\d)", part)
+    return f"{f'Part {found[1]}' if found else plain(part, 30)} ({plain(label, 40)})"
+
+
+def described(run):
+    """How the caption of one model's figure begins."""
+    return f"{model_name(run.part, run.label)} on {plain(run.dataset, 40)}, seed {run.seed}."
+
+
+def counted(numbers):
+    """ "n = 2,000", or the range where n differs."""
+    low, high = min(numbers), max(numbers)
+    return f"n = {low:,}" if low == high else f"n = {low:,} to {high:,}"
+
+
+def legend(figure, handles, labels):
+    """A legend above the figure, in as few lines as fit."""
+    # matplotlib before 3.10 leaves out labels that begin with an underscore
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]
+    for lines in range(1, len(labels) + 1):
+        columns = [labels[i : i + lines] for i in range(0, len(labels), lines)]
+        if sum(9 + max(map(cells, column)) for column in columns) <= 17 * WIDTH:
+            break
+    figure.set_figheight(figure.get_figheight() + 0.17 * lines)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(columns))
+
+
+def room(values):
+    """Limits (percent) of an axis that uses all its length for the values (percent)."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if len(values) else (0, 100)
+    margin = max(0.05 * (high - low), 1)
+    return max(low - margin, -1.5), min(high + margin, 101.5)
+
+
+def array(values):
+    """A tensor or sequence as a NumPy array."""
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+@guarded
+def history(path, history, run):
+    """Curves of the training. history: dicts of epoch, loss, train_accuracy, eval_accuracy."""
+    figure = new_figure(2.6)
+    left, right = figure.subplots(1, 2)
+    epochs = [h["epoch"] for h in history]
+    marker = "o" if len(epochs) <= 12 else ""  # a line through one point is invisible
+    training = {"color": NEUTRAL, "linestyle": "--", "marker": marker}
+    left.plot(epochs, [h["loss"] for h in history], **training)
+    accuracies = 100 * np.array([[h["train_accuracy"], h["eval_accuracy"]] for h in history], float)
+    handles = right.plot(epochs, accuracies[:, 0], **training)
+    labels = ["training batches"]
+    if np.isfinite(accuracies[:, 1]).any():
+        color = PART_COLORS.get(run.part, "#000000")
+        handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
+        labels.append("evaluation images, averaged weights")
+    left.set_ylabel("training loss")
+    right.set(ylabel="accuracy (%)", ylim=room(accuracies))
+    for axes in (left, right):
+        axes.set(xlabel="epoch", xlim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True)
+    legend(figure, handles, labels)
+    save(figure, path, f"{described(run)} Training loss and accuracy are means over each epoch's "
+         "batches; no evaluation image is ever trained on.")
+
+
+# ---- clean test images --------------------------------------------------------------------------
+
+
+@guarded
+def confusion(path, predicted, labels, run):
+    """Shares of each true class, the errors on a scale of their own. Integer labels (N,)."""
+    predicted, labels = array(predicted), array(labels)
+    classes = len(run.classes)
+    counts = np.zeros((classes, classes), int)
+    np.add.at(counts, (labels, predicted), 1)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    diagonal = np.eye(classes, dtype=bool)
+    errors = np.where(diagonal, 0, share)
+    largest = errors.max() or 1
+
+    larger = min(max(classes / 60, 1), 1.5)  # more pixels for more cells
+    small, text = SMALL * larger, TEXT * larger
+    figure = new_figure(min(2.8 + 0.4 * classes, 0.9 * WIDTH * larger), WIDTH * larger)
+    axes = figure.subplots()
+    image = axes.imshow(errors, cmap="Oranges", vmin=0, vmax=largest, interpolation="nearest")
+    gray = ListedColormap([DIAGONAL])
+    axes.imshow(np.ma.masked_where(~diagonal, diagonal), cmap=gray, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.set_label("errors, share of the true class (%)", size=text)
+    bar.ax.tick_params(labelsize=small)
+    if classes <= CELL_TEXT:
+        write_shares(axes, share, largest)
+
+    every = math.ceil(classes / MOST_LABELS)
+    named = range(0, classes, every)
+    names = [plain(run.classes[c], 22) for c in named]
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(named, names, **turned if classes <= 12 else {"rotation": 90})
+    axes.set_yticks(named, names)
+    axes.tick_params(labelsize=small, length=2)
+    axes.set_xlabel("predicted class", size=text)
+    axes.set_ylabel("true class", size=text)
+    axes.spines[:].set_visible(False)
+    right = 100 * np.trace(counts) / len(labels)
+    thinned = f" One class in {every} is named." if every > 1 else ""
+    n = counted([len(labels)])
+    save(figure, path, f"{described(run)} Clean test images, {n}; {right:.1f} % are right "
+         f"(gray).{thinned}")
+
+
+def write_shares(axes, share, largest):
+    """Writes every share (percent) that rounds to at least 1 into its cell."""
+    for (true, predicted), value in np.ndenumerate(share):
+        right = true == predicted
+        if value >= 0.5:
+            axes.text(predicted, true, f"{value:.0f}", ha="center", va="center", fontsize=SMALL,
+                      fontweight="bold" if right else "normal",
+                      color="white" if value > 0.65 * largest and not right else "black")
+
+
+class Panel(NamedTuple):
+    """One map of a UMAP figure."""
+
+    title: str
+    points: np.ndarray  # (n,2)
+    labels: np.ndarray  # (n,), class indices
+
+
+@guarded
+def umap(path, panels, run, columns=4):
+    """Maps of one UMAP fit (Panels): same axes and colours, names at the clusters' medians."""
+    panels = [Panel(p.title, array(p.points), array(p.labels)) for p in panels]
+    classes = len(run.classes)
+    shown = np.arange(classes)
+    if classes > ALL_NAMED:
+        shown = np.linspace(0, classes - 1, len(CLASS_COLORS)).round().astype(int)
+    columns = min(columns, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    side = min(WIDTH / columns, 4)  # inches of a panel
+    figure = new_figure(lines * (side + 0.32) + 0.7)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    low, high = np.percentile(np.concatenate([p.points for p in panels]), (0.2, 99.8), axis=0)
+    margin = np.where(high > low, 0.07 * (high - low), 1)
+    limits = np.stack([low - margin, high + margin], 1)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        scatter(axes, panel, shown, classes)
+        title = [plain(line, int(side * 19)) for line in panel.title.split("\n")]
+        axes.set(title="\n".join(title), xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
+        axes.set_box_aspect(1)
+        axes.spines[:].set(visible=True, color=FAINT)
+
+    if columns <= 2 or len(shown) <= 12:  # else the names would hide the points
+        for axes, panel in zip(grid.flat, panels if columns <= 2 else panels[:1], strict=False):
+            name_clusters(axes, panel, shown, run.classes, side)
+    note = f" {len(shown)} of the {classes} classes, evenly spaced, are named and coloured."
+    if classes <= ALL_NAMED:
+        note, handles = "", []
+        for color, marker in map(class_look, shown):
+            handles.append(Line2D([], [], linestyle="", color=color, marker=marker))
+        legend(figure, handles, [plain(name, 24) for name in run.classes])
+    n = counted([len(p.labels) for p in panels])
+    save(figure, path, f"{described(run)} UMAP of the backbone's 512-d output, {n} images a panel, "
+         f"all panels in one fit.{note} The axes have no unit. Maps of different models are not "
+         "comparable; the 512-d measures above the panels are.")
+
+
+def class_look(place):
+    """Colour and marker; the second ten classes repeat the colours."""
+    number = len(CLASS_COLORS)
+    return CLASS_COLORS[place % number], "o" if place < number else "^"
+
+
+def scatter(axes, panel, shown, classes):
+    """Draws a panel's points in random order, so that no class covers the others."""
+    order = np.random.RandomState(0).permutation(len(panel.labels))
+    points = panel.points[order]
+    place = np.full(classes, -1)
+    place[shown] = np.arange(len(shown))
+    place = place[panel.labels[order]]  # (n,): where each point's class is in `shown`, or -1
+    size = float(np.clip(5000 / len(points), 1, 7))
+    axes.scatter(*points[place < 0].T, c=FAINT, s=size, linewidths=0)
+    looks = [class_look(p) for p in place]
+    for wanted in "o^":
+        mine = np.array([marker == wanted for _, marker in looks]) & (place >= 0)
+        colors = [color for (color, _), drawn in zip(looks, mine, strict=True) if drawn]
+        axes.scatter(*points[mine].T, c=colors, s=size, marker=wanted, linewidths=0, alpha=0.85)
+
+
+def name_clusters(axes, panel, shown, names, side):
+    """Writes class names at the medians of their points, moved where one would cover another."""
+    line = 1.25 * SMALL / (72 * side)  # height of a line, as a share of the panel
+    to_panel = axes.transData + axes.transAxes.inverted()
+    taken = []
+    for place, c in enumerate(shown):
+        mine = panel.points[panel.labels == c]
+        if not len(mine):
+            continue
+        name = plain(names[c], 16)
+        half = 0.25 * line * cells(name)  # of its width
+        x, y = to_panel.transform(np.median(mine, axis=0))
+        x = min(max(x, half), 1 - half) if half < 0.5 else 0.5
+        near = [other for at, other, width in taken if abs(at - x) < half + width]
+        y = free_height(y, near, line)
+        taken.append((x, y, half))
+        dark = 0.5 * np.array(to_rgb(class_look(place)[0]))
+        axes.text(x, y, name, transform=axes.transAxes, ha="center", va="center", fontsize=SMALL,
+                  color=dark, path_effects=[withStroke(linewidth=2, foreground="white")])
+
+
+def free_height(y, near, line):
+    """The height nearest y, in [0, 1], that is a line away from all in `near`, else y."""
+    heights = np.arange(line / 2, 1 - line / 2, line / 8)
+    for other in near:
+        heights = heights[np.abs(heights - other) >= line]
+    return heights[np.abs(heights - y).argmin()] if len(heights) else y
+
+
+@guarded
+def examples(path, rows, run, what):
+    """A line of images for each title. rows: [(title, images (n,3,H,W), uint8 or in [0,1])]."""
+    gap = 2  # pixels of white between images
+    lines = []
+    for _, images in rows:
+        pixels = images.cpu() / (255 if images.dtype == torch.uint8 else 1)
+        padded = F.pad(pixels.clamp(0, 1), (0, gap, 0, gap), value=1.0)
+        lines.append(padded.permute(2, 0, 3, 1).flatten(1, 2))  # (H+gap, n*(W+gap), 3)
+    picture = torch.cat(lines)[:-gap, :-gap]
+    number, _, height, width = rows[0][1].shape
+    side = min((WIDTH - 1.6) / number, 0.7)  # inches of an image
+    figure = new_figure(len(rows) * side * height / width + 0.5)
+    axes = figure.subplots()
+    axes.imshow(array(picture), interpolation="nearest")
+    middles = [i * (height + gap) + height / 2 for i in range(len(rows))]
+    axes.set_yticks(middles, [plain(title, 26) for title, _ in rows])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    save(figure, path, f"{plain(what, 80)}. {number} test images, a column each. {described(run)}")
+
+
+# ---- accuracy under perturbation and attack -----------------------------------------------------
+
+
+def where(rows, **wanted):
+    """The rows that have these values."""
+    return [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+
+
+def n_of(rows):
+    return counted([r["n"] for r in rows])
+
+
+def own_accuracies(rows):
+    """The accuracies of the model's own head on the test set."""
+    rows = [r for r in rows if r["metric"] == "accuracy" and r.get("head", "own") == "own"]
+    return [r for r in rows if r.get("split", "test") == "test"]
+
+
+def in_percent(rows, key="value"):
+    """Accuracies and the bounds of their intervals (n,3), in percent."""
+    return 100 * np.array([[r[key], r["ci_low"], r["ci_high"]] for r in rows], float).reshape(-1, 3)
+
+
+def lengths(points):
+    """What errorbar takes for points (n,3) with their bounds: lengths below and above (2,n)."""
+    return np.abs(points[:, 1:] - points[:, :1]).T
+
+
+def families(rows):
+    """[(text, condition)] for each family: its heading, without condition, then its conditions."""
+    blocks = []
+    for family in dict.fromkeys(r["family"] for r in rows):
+        held_out = ", held out" if family in HELD_OUT_FAMILIES else ""
+        conditions = dict.fromkeys(r["condition"] for r in where(rows, family=family))
+        block = [(c.removeprefix("cifar10c ").replace("_", " "), c) for c in conditions]
+        heading = [(family[:1].upper() + family[1:] + held_out, "")] if family else []
+        blocks.append(heading + block)
+    return blocks
+
+
+def list_conditions(axes, lines, total):
+    """Writes lines (text, condition) down the vertical axis, of which `total` fill its height."""
+    axes.set_yticks(range(len(lines)), [plain(text, 26) for text, _ in lines])
+    axes.set(ylim=(total - 0.4, -0.6), xlabel="test accuracy (%)")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(True, axis="x")
+    for y, (label, (_, condition)) in enumerate(zip(axes.get_yticklabels(), lines, strict=True)):
+        if condition:
+            axes.axhline(y, color=FAINT, linewidth=0.4, zorder=0)
+        else:
+            label.set_fontweight("bold")
+
+
+@guarded
+def severities(path, rows, run):
+    """Accuracy under every perturbation and severity, families as headings."""
+    rows = own_accuracies(rows)
+    clean = in_percent(where(rows, condition="clean"))[:1]
+    rows = [r | {"family": FAMILY[r["condition"]]} for r in rows if r["condition"] in FAMILY]
+    lines = sum(families(rows), [])
+    height = {condition: y for y, (_, condition) in enumerate(lines)}
+    figure = new_figure(0.19 * len(lines) + 0.9)
+    axes = figure.subplots()
+    list_conditions(axes, lines, len(lines))
+    handles = []
+    labels = []
+    for value in clean[:, 0]:
+        handles.append(axes.axvline(value, color=NEUTRAL, linestyle="--", linewidth=1))
+        labels.append("clean")
+    for severity in sorted({r["severity"] for r in rows}):
+        mine = where(rows, severity=severity)
+        points = in_percent(mine)
+        heights = [height[r["condition"]] for r in mine]
+        color = SEVERITY_COLORS.get(severity, NEUTRAL)
+        handles.append(axes.errorbar(
+            points[:, 0], heights, xerr=lengths(points), color=color, marker="o", linestyle="",
+            markerfacecolor=color if severity else "white", **BARS))
+        labels.append(f"severity {severity}" if severity else "without severity")
+    axes.set_xlim(room(np.concatenate([clean, in_percent(rows)])))
+    legend(figure, handles, labels)
+    save(figure, path, f"{described(run)} Test images, {n_of(rows)}, with 95 % intervals. Held "
+         "out: no part trains on it.")
+
+
+def draw_over_eps(axes, curves, norm, key="value"):
+    """Draws curves [(rows, Look)], every eps at its rank, so that 0, 1, 2, 4, 8, 16 stand evenly.
+
+    Returns the artists.
+    """
+    eps = sorted({float(r["severity"]) for rows, _ in curves for r in rows})
+    shifts = np.linspace(-0.08, 0.08, len(curves))  # so that no interval covers another
+    artists = []
+    drawn = []
+    for (rows, look), shift in zip(curves, shifts, strict=True):
+        rows = sorted(rows, key=lambda r: float(r["severity"]))
+        points, ranks = in_percent(rows, key), [eps.index(float(r["severity"])) for r in rows]
+        artists.append(axes.errorbar(
+            np.array(ranks) + shift, points[:, 0], lengths(points), color=look.color,
+            marker=look.marker, linestyle=look.line, **BARS))
+        drawn.append(points)
+    axes.set_xticks(range(len(eps)), [f"{e:g}" for e in eps])
+    axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="test accuracy (%)",
+             ylim=room(np.concatenate(drawn)))
+    axes.grid(True, axis="y")
+    return artists
+
+
+@guarded
+def attack(path, rows, run, norm, failed_audits):
+    """Accuracy over eps under every attack in one norm ("inf" or "2"), and which audits failed."""
+    l2 = str(norm) == "2"
+    curves = []
+    labels = []
+    for name, look in ATTACK.items():
+        mine = [r for r in own_accuracies(rows) if attack_name(r["condition"], l2) == name]
+        if mine:
+            curves.append((mine, look))
+            labels.append(f"{look.label}, {n_of(mine)}")
+    figure = new_figure(3.3)
+    artists = draw_over_eps(figure.subplots(), curves, "L2" if l2 else "L∞")
+    legend(figure, artists, labels)
+    verdict = "All audits of the attack pass."
+    if failed_audits:
+        verdict = f"AUDIT FAILED: {plain('; '.join(failed_audits), 400)}."
+    save(figure, path, f"{described(run)} Attacked test images in float32, true labels where not "
+         f"said otherwise, with 95 % intervals. {verdict}")
+
+
+def attack_name(condition, l2):
+    """The key in ATTACK of a condition, "" if it is of the other norm."""
+    if ("_l2" in condition) != l2:
+        return ""
+    return condition.replace("_l2", "").replace("random_sign", "random")
+
+
+@guarded
+def comparison(path, table, names):
+    """All models: clean and perturbed accuracy by family, and FGSM over eps.
+
+    table: dicts of part, condition, severity, family, accuracy, ci_low, ci_high, n, dataset.
+    names: {part: label}.
+    """
+    perturbed = [r for r in table if r["family"] != "attack"]
+    columns = balanced(families(perturbed))
+    total = max(map(len, columns))
+    norm = "L∞" if where(table, condition="fgsm") else "L2"
+    fgsm = where(table, condition="fgsm" if norm == "L∞" else "fgsm_l2")
+    widths = [1.25] * len(columns)
+    if fgsm:
+        widths.append(1)
+    figure = new_figure(min(max(0.26 * total + 0.8, 2), 0.8 * WIDTH))
+    all_axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    looks = {part: Look("", PART_COLORS[part], PART_MARKERS[part], "-") for part in names}
+    offsets = np.linspace(-0.33, 0.33, len(names)) if len(names) > 1 else [0]
+    drawn = []
+    for axes, lines in zip(all_axes, columns, strict=False):
+        list_conditions(axes, lines, total)
+        for offset, (part, look) in zip(offsets, looks.items(), strict=True):
+            points, heights = means(perturbed, part, lines)
+            axes.errorbar(points[:, 0], heights + offset, xerr=lengths(points), color=look.color,
+                          linestyle="", marker=look.marker, markersize=4.5, markeredgewidth=0,
+                          ecolor="black", elinewidth=0.8, barsabove=True)  # often smaller than it
+            drawn.append(points)
+    for axes in all_axes[: len(columns)]:
+        axes.set_xlim(room(np.concatenate(drawn)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    if fgsm:
+        curves = [(where(fgsm, part=part), look) for part, look in looks.items()]
+        draw_over_eps(all_axes[-1], curves, norm, "accuracy")
+        all_axes[-1].set_title("FGSM", fontweight="bold")
+    handles = [Line2D([], [], ls="", color=k.color, marker=k.marker) for k in looks.values()]
+    legend(figure, handles, [model_name(part, label) for part, label in names.items()])
+    save(figure, path, comparison_caption(perturbed, fgsm))
+
+
+def means(rows, part, lines):
+    """A model's accuracies (n,3) as means over severities, in percent, and their heights (n,)."""
+    points = []
+    heights = []
+    for y, (_, condition) in enumerate(lines):
+        mine = where(rows, part=part, condition=condition)
+        if mine:
+            points.append(in_percent(mine, "accuracy").mean(0))
+            heights.append(y)
+    return np.array(points).reshape(-1, 3), np.array(heights)
+
+
+def balanced(blocks):
+    """The lines of all blocks in one column if they are few, else in two of about equal length."""
+    cuts = range(1, len(blocks)) if sum(map(len, blocks)) > 8 else ()
+    columns = [[sum(blocks[:cut], []), sum(blocks[cut:], [])] for cut in cuts]
+    return min(columns, key=lambda pair: max(map(len, pair)), default=[sum(blocks, [])])
+
+
+def comparison_caption(perturbed, fgsm):
+    severities = sorted({str(r["severity"]) for r in perturbed} - {""})
+    text = f"{plain(perturbed[0]['dataset'], 40)}, test images, {n_of(perturbed)}"
+    if fgsm:
+        text += f" (FGSM: {n_of(fgsm)})"
+    bars = "Bars: 95 % intervals."
+    if len(severities) > 1:
+        bars = f"Means over severities {', '.join(severities)}; bars: means of the 95 % bounds."
+    elif severities:
+        bars = f"Severity {severities[0]}. {bars}"
+    return f"{text}. {bars} Held out: no part trains on it."

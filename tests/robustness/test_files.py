@@ -1,0 +1,399 @@
+"""Files: what is written is complete, what is read is checked, what is the user's stays."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import checkpoints
+import common
+import report
+from arguments import RunError, UsageError
+
+import numpy as np
+import pytest
+import torch
+from conftest import META
+from torch import nn
+
+from .conftest import ROOT, call, contents, count, is_sentence, on_checkpoint, on_tree
+
+pytestmark = pytest.mark.usefixtures("narrow")
+CPU = torch.device("cpu")
+
+
+# ---- complete or absent -------------------------------------------------------------------------
+
+
+def fail_at(monkeypatch, owner, name, when=lambda *args: True, error=errno.ENOSPC):
+    """Makes a function raise OSError where `when` says so of its arguments."""
+    honest = getattr(owner, name)
+
+    def failing(*args, **keywords):
+        if when(*args):
+            raise OSError(error, os.strerror(error))
+        return honest(*args, **keywords)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("failure", ["written", "flushed", "named"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure):
+    path = tmp_path / "a.csv"
+    report.write_rows(path, [{"x": 1.5}])
+    assert path.read_text() == "x\n1.5\n"
+    rows = [{"x": 2}, {"x": 3}]
+    if failure == "written":
+        fail_at(monkeypatch, report.csv.DictWriter, "writerow", lambda writer, row: row["x"] == 3)
+    elif failure == "flushed":
+        fail_at(monkeypatch, os, "fsync")
+    else:
+        fail_at(monkeypatch, checkpoints.Path, "replace")
+    with pytest.raises(RunError, match=r"a.csv: No space left on device; what was there before"):
+        report.write_rows(path, rows)
+    assert path.read_text() == "x\n1.5\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+@pytest.mark.full
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "state.pt"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, checkpoints\n"
+            f"while True: checkpoints.write({str(path)!r}, {{'weights': torch.ones(1_000_000)}})")
+    with subprocess.Popen([sys.executable, "-c", code]) as writer:
+        while not path.exists():
+            time.sleep(0.01)
+        for _ in range(count(10, 100)):
+            time.sleep(0.013)  # whole at every moment while it is replaced
+            assert checkpoints.read(path, CPU)["weights"].sum() == 1_000_000
+        writer.send_signal(signal.SIGKILL)
+    assert checkpoints.read(path, CPU)["weights"].sum() == 1_000_000
+    report.write_rows(tmp_path / "state.csv", [{"x": 1}])
+    checkpoints.write(path, {})  # what the kill left is used up by the next write
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.csv", "state.pt"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write to .*file.*choose another --results-dir"):
+        checkpoints.lock(tmp_path / "file", "part1")
+    with pytest.raises(RunError, match=r"cannot write .*a.csv.*choose another --results-dir"):
+        report.write_rows(tmp_path / "file" / "a.csv", [{"x": 1}])
+
+
+# ---- checkpoints and states ---------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in the checkpoint was run')",))
+
+
+def damaged(content, good, path):
+    """Writes to `path` what is not a checkpoint: `good`, damaged as `content` says."""
+    meta = good["meta"]
+    changed = {"foreign": good["model"], "newer": good | {"version": checkpoints.VERSION + 1},
+               "older": good | {"version": 1},
+               "other outputs": good | {"meta": meta | {"outputs": 7}},
+               "other shapes": good | {"meta": meta | {"outputs": 7, "classes": list("abcdefg")}},
+               "no meta": {key: value for key, value in good.items() if key != "meta"}}
+    if content == "empty":
+        path.write_bytes(b"")
+    elif content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "a folder":
+        path.mkdir()
+    elif content == "pickled code":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif content == "truncated":
+        torch.save(good, path)
+        path.write_bytes(path.read_bytes()[:5_000])
+    elif content in changed:
+        torch.save(changed[content], path)
+
+
+@pytest.mark.parametrize("content", [
+    "missing", "empty", "text", "a folder", "truncated", "pickled code", "foreign", "newer",
+    "older", "other outputs", "other shapes", "no meta"])
+def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "x.pt"
+    model = common.Model(outputs=10)
+    good = {"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "meta": META,
+            "model": model.state_dict()}
+    damaged(content, good, path)
+    with pytest.raises(UsageError, match=r"x.pt: ") as error:
+        common.load_checkpoint(path, CPU)
+    assert "\n" not in str(error.value)
+
+
+def save_state(path, parts, identity=None, epoch=3):
+    generator = torch.Generator()
+    checkpoints.save_state(path, identity or {"--lr": 0.1}, epoch, [{"loss": 1.0}], parts,
+                           generator)
+    return generator
+
+
+@pytest.mark.parametrize("now", [
+    {"model": nn.Linear(3, 2)}, {"model": nn.Linear(2, 2), "criterion": nn.Linear(2, 2)},
+    {"model": nn.Linear(2, 2, bias=False)}])
+def test_a_state_of_other_code_is_refused_in_one_sentence(tmp_path, now):
+    before = {"model": nn.Linear(2, 2)}
+    generator = save_state(tmp_path / "x.pt", before)
+    arguments = (tmp_path / "x.pt", True, {"--lr": 0.1}, 5)
+    assert checkpoints.resume(*arguments, before, generator) == (3, [{"loss": 1.0}])
+    with pytest.raises(UsageError, match=r"^--resume: .*x.pt .*other code.*leave --resume out.*$"):
+        checkpoints.resume(*arguments, now, generator)
+
+
+@pytest.mark.parametrize(("before", "now", "advice"), [
+    ({"--lr": 0.1}, {"--lr": 0.3}, "give --lr 0.1"),
+    ({"--augment": True}, {"--augment": False}, "give --augment"),
+    ({"--proxies": False}, {"--proxies": True}, "leave --proxies out"),
+    ({}, {"--loss": "arcface"}, "leave --loss out")])
+def test_a_state_of_other_arguments_is_refused_with_what_fits(tmp_path, before, now, advice):
+    parts = {"model": nn.Linear(2, 2)}
+    generator = save_state(tmp_path / "x.pt", parts, before | {"--seed": 0})
+    with pytest.raises(UsageError, match=f"{advice}, or leave --resume out"):
+        checkpoints.resume(tmp_path / "x.pt", True, now | {"--seed": 0}, 5, parts, generator)
+
+
+@pytest.mark.parametrize(("epoch", "said"), [
+    (3, "an unfinished run (3 of 5 epochs done) will be replaced"), (5, ""),
+    ("three", "not a state that this code can continue"),
+    (None, "not a state that this code can continue")])
+def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, capsys, epoch, said):
+    path = tmp_path / "x.pt"
+    parts = {"model": nn.Linear(2, 2)}
+    generator = save_state(path, parts)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"epoch": epoch}, path)
+    before = path.read_bytes()
+    assert checkpoints.resume(path, False, {"--lr": 0.9}, 5, parts, generator) == (0, [])
+    out = capsys.readouterr().out
+    assert said in out
+    assert out.count("\n") == bool(said)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("finished", [[], None, 7])
+def test_an_odd_state_of_part_2_is_announced_too(tmp_path, capsys, finished):
+    checkpoints.write(tmp_path / "x.pt", {"identity": {}, "finished": finished})
+    assert checkpoints.resume_finished(tmp_path / "x.pt", False, {}, CPU) == {}
+    assert "will be replaced" in capsys.readouterr().out
+    if finished != []:
+        with pytest.raises(UsageError, match="does not fit"):
+            checkpoints.resume_finished(tmp_path / "x.pt", True, {}, CPU)
+
+
+# ---- one writer ---------------------------------------------------------------------------------
+
+HOLD = """
+import sys; sys.path.insert(0, {root!r})
+import checkpoints
+try:
+    checkpoints.lock({folder!r}, {name!r})
+    print("held", flush=True)
+except checkpoints.UsageError as error:
+    print(error, flush=True)
+sys.stdin.readline()
+"""
+
+
+def holder(folder, name):
+    """Another process that takes a lock and keeps it until its input ends."""
+    code = HOLD.format(root=str(ROOT), folder=str(folder), name=name)
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE)
+
+
+def test_two_runs_into_the_same_files_are_refused(tree, mine):
+    """Two trainings of a part; part 2 while the part it tests is trained; part 2 twice."""
+    before = contents(mine)
+    for name, script, argv in (
+            ("part1", "part1_baseline", on_tree(tree, mine)),
+            ("part1", "part2_robustness", on_checkpoint(mine / "part1.pt", mine)),
+            ("part2", "part2_robustness", on_checkpoint(mine / "part1.pt", mine))):
+        with holder(mine, name) as other:
+            assert other.stdout.readline() == "held\n"
+            code, error, _ = call(script, argv)
+            assert code == 2
+            assert f"another run is writing {mine}/{name}.*" in error
+            assert not checkpoints.LOCKS
+            if script == "part2_robustness" and name == "part1":  # another part's files are free
+                more = on_checkpoint(mine / "part3.pt", mine, "--perturbations", "grayscale")
+                assert call("part2_robustness", more)[0] == 0
+            other.kill()
+        if name == "part1" and script == "part1_baseline":
+            assert contents(mine) == before
+    for name in ("part1", "part2"):  # free again once that run is gone
+        checkpoints.lock(mine, name)
+        os.close(checkpoints.LOCKS.pop(mine / f".{name}.lock"))
+
+
+# ---- what is the user's -------------------------------------------------------------------------
+
+USERS = ("part2_notes.md", "part2_backup/part2.csv", "part1_state-old.pt", ".part1_state-x.pt",
+         "part2_umap.png.bak", "part3_robustness_mine.csv", "part2 (copy).csv", "part10.csv",
+         "part1.pt.old", ".part2.tmp", "part2_fgsm.svg", "part3_robustness_state.pt.txt",
+         "comparison_old.csv", "summary.md~", "notes/part2_umap.png", "PART2.txt", "part2_.png",
+         "part1_history.xlsx", ".hidden", "part4.ods")
+
+
+def test_the_users_files_survive_training_and_testing_byte_for_byte(tree, mine):
+    for name in USERS:
+        (mine / name).parent.mkdir(exist_ok=True)
+        (mine / name).write_bytes(f"mine: {name}".encode() + os.urandom(20))
+    umap = mine / "part2_umap.png"
+    umap.mkdir()  # a folder of the name of a figure
+    (umap / "inside").write_text("mine")
+    before = {name: (mine / name).read_bytes() for name in (*USERS, "part2_umap.png/inside")}
+    old = (mine / "part1.pt").read_bytes()
+    (mine / "part1_umap.npz").write_bytes(b"of a run with UMAP")
+
+    code, error, out = call("part1_baseline", on_tree(tree, mine, "--seed", 5))
+    assert code == 0, error
+    assert (mine / "part1.pt").read_bytes() != old
+    said = " ".join(line for line in out.splitlines() if line.startswith("Removed"))
+    gone = {"part2.csv", "part2.json", "part2_correct.npz", "part2_severities.png",
+            "part2_examples.png", "part2_fgsm.png", "part2_adversarial.png", "part1_umap.npz"}
+    for name in gone:
+        assert name in said
+        assert not (mine / name).exists()
+    for run in ("part1", "part3"):
+        code, error, out = call("part2_robustness", on_checkpoint(mine / f"{run}.pt", mine))
+        assert code == 0, error
+    assert call("part1_baseline", on_tree(tree, mine, "--seed", 6))[0] == 0
+    umapped = [word for word in on_checkpoint(mine / "part1.pt", mine) if word != "--no-umap"]
+    code, error, out = call("part2_robustness", umapped)
+    assert code == 0, error
+    assert "part2_umap.png: not drawn" in out
+    for name, content in before.items():
+        assert (mine / name).read_bytes() == content, name
+
+
+@pytest.mark.parametrize("name", ["part1.pt", "part1_state.pt", "part1_history.csv",
+                                  "part1_correct.npz", "part1_confusion.png", "part1.json"])
+def test_a_folder_of_the_name_of_a_file_is_one_sentence_and_stays(tree, tmp_path, name):
+    results = tmp_path / "results"
+    (results / name).mkdir(parents=True)
+    (results / name / "inside").write_text("mine")
+    code, error, out = call("part1_baseline", on_tree(tree, results))
+    if name.endswith(".png"):  # no figure costs a run
+        assert code == 0, error
+        assert f"{name}: not drawn" in out
+        assert (results / "part1.pt").is_file()
+    else:
+        assert code in (1, 2)
+        assert is_sentence(error)
+        assert name in error
+    assert (results / name / "inside").read_text() == "mine"
+    assert not [p.name for p in results.iterdir() if ".tmp" in p.name]
+
+
+# ---- tables that another program saved ----------------------------------------------------------
+
+
+def resaved(text, how):
+    """A table's bytes as another program would save them, or damaged."""
+    lines = text.splitlines()
+    if how == "semicolons":
+        return text.replace(",", ";").encode()
+    if how == "Latin-1":
+        return text.replace(",cutout,", ",c\u00fct,").encode("latin-1")
+    if how == "UTF-16":
+        return text.encode("utf-16")
+    if how == "missing column":
+        return "\n".join(line.rsplit(",", 1)[0] for line in lines).encode()
+    if how == "columns in another order":
+        return "\n".join(",".join(reversed(line.split(","))) for line in lines).encode()
+    if how == "cut in the middle":
+        return text.encode()[: len(text) // 2]
+    if how == "Excel-mangled hash":
+        return "\n".join([lines[0]] + [line.rsplit(",", 1)[0] + ",1.23E+11" for line in lines[1:]]
+                         ).encode()
+    if how == "decimal commas":
+        return text.replace("0.", '"0,').replace(',"0,', ',"0,', 1).encode()
+    if how == "text for a number":
+        return (text + lines[-1].replace(lines[-1].split(",")[7], "good") + "\n").encode()
+    if how == "an accuracy of 200":
+        words = lines[1].split(",")
+        words[7] = "200"
+        return (text + ",".join(words) + "\n").encode()
+    return {"empty": b"", "binary": bytes(range(256)) * 20, "a page": b"<html></html>"}[how]
+
+
+@pytest.mark.parametrize("how", [
+    "semicolons", "Latin-1", "UTF-16", "missing column", "columns in another order",
+    "cut in the middle", "Excel-mangled hash", "decimal commas", "text for a number",
+    "an accuracy of 200", "empty", "binary", "a page"])
+@pytest.mark.parametrize("name", ["part2.csv", "part3.csv"])
+def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
+        tree, mine, monkeypatch, name, how):
+    text = (mine / name).read_text(encoding="utf-8")
+    if how == "Latin-1":
+        text = text.replace("accuracy of ant", "accuracy of c,cutout,")
+        if ",cutout," not in text:
+            pytest.skip("no text to change")
+    (mine / name).write_bytes(resaved(text, how))
+    before = contents(mine)
+    monkeypatch.setattr(common, "Model", None)  # nothing is trained
+    code, error, _ = call("part1_baseline", on_tree(tree, mine))
+    assert code == 2, error
+    assert is_sentence(error)
+    assert name in error
+    assert "move it away; its part writes it anew" in error
+    assert contents(mine) == before
+
+
+def test_a_table_with_a_byte_order_mark_and_other_line_ends_is_read(mine):
+    rows = report.read_all(mine)
+    for path in (mine / "part1.csv", mine / "part2.csv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert report.read_all(mine) == rows
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"[" * 10_000, b"\xff\xfe{",
+                                     b'{"args": 1, "command": "x", "weights": "", "versions": {}}'])
+def test_a_damaged_record_is_one_sentence_before_any_training(tree, mine, monkeypatch, content):
+    (mine / "part3.json").write_bytes(content)
+    refused_before_training(tree, mine, monkeypatch, "part3.json")
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "cut", "an array", "numbers", "no weights"])
+def test_a_damaged_file_of_correct_images_is_one_sentence_before_any_training(
+        tree, mine, monkeypatch, content):
+    path = mine / "part3_correct.npz"
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:300])
+    elif content == "an array":
+        np.save(mine / "x.npy", np.arange(3))
+        shutil.move(mine / "x.npy", path)
+    elif content == "numbers":
+        np.savez(path, weights="0" * 12, part1="none", **{"test/clean/": np.arange(3)})
+    elif content == "no weights":
+        np.savez(path, **{"test/clean/": np.zeros(3, bool)})
+    else:
+        path.write_bytes(b"" if content == "empty" else b"hello")
+    refused_before_training(tree, mine, monkeypatch, "part3_correct.npz")
+
+
+def refused_before_training(tree, results, monkeypatch, name):
+    before = contents(results)
+    monkeypatch.setattr(common, "Model", None)
+    code, error, _ = call("part1_baseline", on_tree(tree, results))
+    assert code == 2, error
+    assert is_sentence(error)
+    assert name in error
+    assert contents(results) == before
+
+
+def test_records_are_utf_8_with_their_names_as_they_are(mine):
+    record = json.loads((mine / "part1.json").read_text(encoding="utf-8"))
+    assert record["weights"] == common.weights_hash(
+        common.load_checkpoint(mine / "part1.pt", CPU)[0])
+    assert report.read_record(mine, "part1") == record

@@ -1,0 +1,246 @@
+"""The four parts in order, as a grader runs them: what they write, and that it is what they did."""
+
+import re
+import subprocess
+import sys
+
+import common
+import datasets
+import report
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from .conftest import DIGITS, ROOT, call, contents, make_narrow, read, write_tree
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_module():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_narrow(monkeypatch)
+        yield
+
+
+def run(script, *argv, code=0):
+    found, error, out = call(script, argv)
+    assert found == code, error
+    return out, error
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    run("part1_baseline", *DIGITS, "--results-dir", folder)
+    run("part2_robustness", "--checkpoint", folder / "part1.pt", "--results-dir", folder,
+        "--umap-points", 60, "--targeted")
+    run("part3_augmented", *DIGITS, "--results-dir", folder, "--no-umap")
+    run("part4_angular", *DIGITS, "--results-dir", folder, "--no-umap")
+    return folder
+
+
+def test_part_1_as_it_is(tmp_path):
+    """The script, ResNet18, UMAP and figures, nothing replaced."""
+    done = subprocess.run([sys.executable, ROOT / "part1_baseline.py", *map(str, DIGITS),
+                           "--results-dir", tmp_path, "--epochs", "1", "--batch-size", "10"],
+                          text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "digits (QUICK)" in done.stdout
+    assert "UMAP failed" not in done.stdout
+    for ending in (".pt", ".csv", ".json", "_history.csv", "_history.png", "_confusion.png",
+                   "_umap.png", "_umap.npz", "_correct.npz"):
+        assert (tmp_path / f"part1{ending}").stat().st_size > 0
+    with Image.open(tmp_path / "part1_umap.png") as image:
+        assert min(image.size) > 300
+    weights = torch.load(tmp_path / "part1.pt", weights_only=True)["model"]
+    assert weights["backbone.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+
+
+def test_every_part_writes_its_files(results):
+    for part in ("part1", "part3", "part4"):
+        for ending in (".pt", ".csv", ".json", "_history.csv", "_history.png", "_confusion.png",
+                       "_correct.npz"):
+            assert (results / f"{part}{ending}").stat().st_size > 0
+    for part in ("part2", "part3_robustness", "part4_robustness"):
+        for ending in (".csv", ".json", "_severities.png", "_examples.png", "_fgsm.png",
+                       "_adversarial.png", "_correct.npz"):
+            assert (results / f"{part}{ending}").stat().st_size > 0
+    for name in ("part1_umap.png", "part2_umap.png", "comparison.csv", "comparison.png",
+                 "summary.md", "summary.html"):
+        assert (results / name).stat().st_size > 0
+    hidden = [path.name for path in results.iterdir() if path.name.startswith(".")]
+    assert all(name.endswith(".lock") for name in hidden)  # no temporary file
+
+
+def test_tables_are_tidy_and_of_one_split(results):
+    rows = report.read_all(results)
+    assert {row["part"] for row in rows} == {"part1", "part3", "part4"}
+    assert {row["dataset"] for row in rows} == {"digits (QUICK)"}
+    assert len({row["split_hash"] for row in rows}) == 1
+    sizes = {"train": 20, "evaluation": 80, "test": 100}
+    attacks = ("fgsm", "pgd", "random", "worst_case")
+    for row in rows:
+        assert tuple(row) == report.COLUMNS
+        if row["metric"] == "accuracy":
+            assert 0 <= row["ci_low"] <= row["value"] <= row["ci_high"] <= 1
+            assert row["n"] == sizes[row["split"]] or row["condition"].startswith(attacks)
+
+
+def test_every_perturbation_and_eps_is_in_the_table(results):
+    wanted = {(name, "" if name in common.NO_SEVERITY else "3") for name in common.PERTURBATIONS}
+    for name, last in (("part2", "fgsm_targeted"), ("part3_robustness", "fgsm_from_part1"),
+                       ("part4_robustness", "fgsm_from_part1")):
+        found = {(row["condition"], row["severity"]) for row in read(results / f"{name}.csv")
+                 if row["metric"] == "accuracy"}
+        assert found >= wanted | {("fgsm", eps) for eps in ("0", "1", "2", "4", "8", "16")}
+        for attack in ("fgsm_predicted", "random_sign", "pgd", "worst_case", last):
+            assert found >= {(attack, "8"), (attack, "16")}
+
+
+def test_transferred_images_are_part_1s(results):
+    """Part 1's adversarial images, made again with its checkpoint alone, on part 3's model."""
+    data = common.load_data("digits", "data", torch.device("cpu"), quick=True)
+    some = common.evenly_spaced(len(data.test_labels), 50)
+    images, labels = data.test_images[some] / 255, data.test_labels[some]
+    part1, part3 = (common.load_checkpoint(results / f"{part}.pt", "cpu")[0]
+                    for part in ("part1", "part3"))
+    adversarial = common.fgsm(part1, images, labels, 8 / 255)
+    with torch.no_grad():
+        right = part3(adversarial).argmax(1) == labels
+    row = next(row for row in read(results / "part3_robustness.csv")
+               if (row["condition"], row["severity"]) == ("fgsm_from_part1", "8"))
+    assert float(row["value"]) == pytest.approx(right.float().mean().item(), abs=0.021)
+
+
+def test_the_table_is_what_the_checkpoint_does(results):
+    """Independently of the evaluation code: load, classify, count."""
+    data = common.load_data("digits", "data", torch.device("cpu"), quick=True)
+    for part in ("part1", "part3", "part4"):
+        model, meta = common.load_checkpoint(results / f"{part}.pt", "cpu")
+        assert meta["epoch"] == 2
+        with torch.no_grad():
+            logits = model(data.test_images.float() / 255)
+        right = (logits.argmax(1) == data.test_labels).float().mean().item()
+        assert right == pytest.approx(meta["metrics"]["test"], abs=0.011)  # one image of 100
+        row = next(row for row in read(results / f"{part}.csv")
+                   if (row["split"], row["head"]) == ("test", "own"))
+        assert float(row["value"]) == pytest.approx(meta["metrics"]["test"], abs=1e-6)
+
+
+def test_the_summary_names_what_ran_and_what_is_there(results):
+    assert {row["part"] for row in read(results / "comparison.csv")} == {"part1", "part3", "part4"}
+    text = (results / "summary.md").read_text(encoding="utf-8")
+    assert "digits (QUICK)" in text
+    assert report.read_record(results, "part3")["command"] in text
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert "part2_fgsm.png" in figures
+    for figure in figures:
+        assert (results / figure).exists()
+    assert len(figures) == len(set(figures))
+
+
+def test_one_umap_frame_for_all_conditions_of_a_model(results):
+    with np.load(results / "part2_umap.npz") as file:
+        panels = list(dict.fromkeys(file["panel"]))
+        assert panels[0] == "clean"
+        assert "FGSM 8/255" in panels
+        assert len(file["coordinates"]) == len(file["label"]) == 50 * len(panels)
+        assert np.isfinite(file["coordinates"]).all()
+
+
+@pytest.mark.parametrize("part", ["part3", "part4"])
+def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, tmp_path, part):
+    run("part2_robustness", "--checkpoint", results / f"{part}.pt", "--results-dir", tmp_path,
+        "--no-umap", "--perturbations", "gaussian_noise", "--eps-255", 8)
+    first, again = ({(row["condition"], row["severity"]): row["value"]
+                     for row in read(folder / f"{part}_robustness.csv")
+                     if row["metric"] == "accuracy"
+                     and row["condition"] in ("clean", "gaussian_noise", "fgsm")}
+                    for folder in (results, tmp_path))
+    assert len(again) > 3
+    assert {key: first[key] for key in again} == again
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_part2_computes_in_the_precision_of_the_training(results, tmp_path, amp):
+    model, meta = common.load_checkpoint(results / "part1.pt", "cpu")
+    meta = meta | {"args": meta["args"] | {"amp": "auto"}, "amp": amp}
+    common.save_checkpoint(tmp_path / "part1.pt", model, meta)
+    out, _ = run("part2_robustness", "--checkpoint", tmp_path / "part1.pt", "--results-dir",
+                 tmp_path, "--no-umap", "--perturbations", "horizontal_flip", "--eps-255", 0)
+    assert f"mixed precision {amp}" in out
+
+
+def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
+    data = write_tree(tmp_path / "data", datasets.CIFAR10_CLASSES, n=4)
+    run("part1_baseline", "--dataset", "folder", "--data-dir", data, "--train-fraction", 0.5,
+        "--quick", "--no-umap", "--results-dir", tmp_path, "--amp", "off")
+    random = np.random.RandomState(0)
+    corrupted = tmp_path / "CIFAR-10-C"
+    corrupted.mkdir()
+    pixels = random.randint(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    pixels[40:60] = pixels[:20]  # severity 3 shows the images of severity 1
+    np.save(corrupted / "labels.npy", np.tile(np.arange(20, dtype=np.uint8) % 10, 5))
+    np.save(corrupted / "fog.npy", pixels)
+    run("part2_robustness", "--checkpoint", tmp_path / "part1.pt", "--no-umap", "--perturbations",
+        "grayscale", "--eps-255", 0, "--results-dir", tmp_path, "--cifar10c", corrupted)
+    rows = {row["severity"]: float(row["value"]) for row in read(tmp_path / "part2.csv")
+            if (row["condition"], row["metric"]) == ("cifar10c fog", "accuracy")}
+    assert list(rows) == ["1", "2", "3", "4", "5"]
+    assert rows["1"] == rows["3"]
+    model, _ = common.load_checkpoint(tmp_path / "part1.pt", "cpu")
+    for severity in (1, 2):
+        block = torch.from_numpy(pixels[20 * severity - 20 : 20 * severity]).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            right = (model(block / 255).argmax(1) == torch.arange(20) % 10).float().mean().item()
+        assert rows[str(severity)] == pytest.approx(right, abs=0.051)  # one image of 20
+    assert "fog" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    np.save(corrupted / "snow.npy", pixels[:20])
+    for checkpoint, message in (
+            (tmp_path / "part1.pt", "snow.npy is uint8 (20, 32, 32, 3)"),
+            (results / "part1.pt", "needs a checkpoint of CIFAR-10's ten classes")):
+        _, error = run("part2_robustness", "--checkpoint", checkpoint, "--results-dir",
+                       tmp_path / "no", "--cifar10c", corrupted, code=2)
+        assert message in error
+        assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("script", "classes"), [("part1_baseline", 12), ("part4_angular", 3),
+                                                 ("part3_augmented", 37)])
+def test_other_numbers_of_classes_go_through_training_attack_and_tables(tmp_path, script, classes):
+    names = [f"class {c}" for c in range(classes)]
+    data = write_tree(tmp_path / "data", names, n=4, side=24)
+    out, _ = run(script, "--dataset", "folder", "--data-dir", data, "--train-fraction", 0.5,
+                 "--amp", "off", "--results-dir", tmp_path / "results", "--quick", "--no-umap")
+    assert f"{classes} classes" in out
+    part = script[:5]
+    if part == "part1":
+        run("part2_robustness", "--results-dir", tmp_path / "results", "--checkpoint",
+            tmp_path / "results/part1.pt", "--no-umap", "--perturbations", "rotation", "--eps-255",
+            8)
+    metrics = {row["metric"] for row in read(tmp_path / f"results/{part}.csv")}
+    assert len([m for m in metrics if m.startswith("accuracy of class")]) == classes
+    assert len(report.read_all(tmp_path / "results")) > 20
+
+
+def test_another_data_set_or_split_is_refused_and_nothing_is_touched(results, tmp_path):
+    before = contents(results)
+    _, error = run("part1_baseline", "--dataset", "digits", "--results-dir", results, code=2)
+    assert "holds results on digits (QUICK), split" in error
+    assert "this run is on digits, split" in error
+    _, error = run("part1_baseline", *DIGITS, "--split-seed", 1, "--results-dir", results, code=2)
+    assert "give another --results-dir" in error
+    _, error = run("part2_robustness", "--checkpoint", results / "part1.pt", "--split-seed", 1,
+                   "--results-dir", tmp_path, code=2)
+    assert "was trained on the data or split" in error
+    assert contents(results) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy",
+                        lambda logits, labels, **words: logits.sum() * float("nan"))
+    _, error = run("part1_baseline", *DIGITS, "--results-dir", tmp_path, code=1)
+    assert "the loss became nan in epoch 1; try a lower --lr" in error
+    assert not (tmp_path / "part1.pt").exists()

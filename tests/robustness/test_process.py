@@ -1,0 +1,213 @@
+"""A run leaves no trace in its process, and depends on no locale."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import checkpoints
+import common
+import part1_baseline
+import part3_augmented
+import part4_angular
+import report
+
+import matplotlib
+import matplotlib.pyplot
+import pytest
+
+from .conftest import (
+    ROOT,
+    Narrow,
+    on_tree,
+    read,
+    script,
+    write_tree,
+)
+
+# ---- after main ---------------------------------------------------------------------------------
+
+
+def other_process_takes(folder, names):
+    """Whether another process gets all these locks."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import checkpoints\n"
+            "for name in sys.argv[3:]: checkpoints.lock(sys.argv[2], name)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(folder), *names], text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return True
+
+
+def fails(*args):
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("ending", ["returns", "is refused", "raises", "is interrupted"])
+def test_no_claim_is_held_after_main(narrow, tree, mine, monkeypatch, ending):
+    argv = [str(word) for word in on_tree(tree, mine)]
+    if ending == "returns":
+        argv += ["--loss", "arcface"]  # goes on with part 2, in the same process
+        rows = part4_angular.main(argv)
+        assert {row["condition"] for row in rows} >= {"clean", "cutout", "fgsm"}
+    else:
+        error = {"is refused": checkpoints.UsageError("no"), "raises": RuntimeError("a bug"),
+                 "is interrupted": KeyboardInterrupt()}[ending]
+
+        def stops(*args):
+            assert checkpoints.LOCKS
+            raise error
+
+        monkeypatch.setattr(common, "predict_splits", stops)
+        with pytest.raises(type(error)):
+            part1_baseline.main(argv)
+    assert not checkpoints.LOCKS
+    assert other_process_takes(mine, ["part1", "part2", "part3", "part4", "part4_robustness"])
+
+
+@pytest.mark.parametrize("style", [{}, {"backend": "svg", "font.size": 31.0}, {"text.usetex": True},
+                                   {"figure.dpi": 1.0, "axes.titlesize": 99, "savefig.dpi": 3.0}])
+def test_the_users_backend_and_style_stay_and_do_not_show(tree, mine, monkeypatch, style):
+    monkeypatch.setattr("torchvision.models.resnet18", Narrow)  # figures are drawn
+    part1_baseline.main([str(word) for word in on_tree(tree, mine)])
+    plain = (mine / "part1_confusion.png").read_bytes()
+    backend = style.pop("backend", "agg")
+    matplotlib.pyplot.switch_backend(backend)
+    with matplotlib.rc_context(style):
+        before = dict(matplotlib.rcParams)
+        part1_baseline.main([str(word) for word in on_tree(tree, mine)])
+        assert dict(matplotlib.rcParams) == before
+        assert matplotlib.get_backend() == backend
+        assert not matplotlib.pyplot.get_fignums()
+    assert (mine / "part1_confusion.png").read_bytes() == plain
+
+
+def test_a_second_call_reads_the_images_anew(narrow, tree, tmp_path):
+    data = shutil.copytree(tree, tmp_path / "tree")
+    first = part1_baseline.main([str(w) for w in on_tree(data, tmp_path / "one")])
+    images = sorted((data / "train/ant").iterdir())
+    shutil.copy(images[0], images[1])
+    second = part1_baseline.main([str(w) for w in on_tree(data, tmp_path / "two")])
+    shutil.rmtree(data / "train/bee")
+    shutil.copytree(data / "train/ant", data / "train/bee")
+    third = part1_baseline.main([str(w) for w in on_tree(data, tmp_path / "three")])
+    assert len({rows[0]["split_hash"] for rows in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize("folder", ["plain", "a b", "it's", '"$HOME"', "n\u00e4me", "-x",
+                                    "a;b", "*"])
+def test_the_recorded_command_pasted_into_a_shell_gives_the_same_arguments(
+        narrow, tree, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    argv = [str(word) for word in on_tree(tree, f"./{folder}", "--families", "noise", "color")]
+    argv += ["--no-part2", f"--data-dir={tree}"]
+    part3_augmented.main(argv)
+    command = report.read_record(tmp_path / folder, "part3")["command"]
+    assert shlex.split(command) == ["python", "part3_augmented.py", *argv]
+    echo = subprocess.run(["bash", "-c", command.replace("python", "printf '%s\\0'", 1)], text=True,
+                          capture_output=True, check=True)
+    assert echo.stdout.split("\0")[1:-1] == argv
+    again = part3_augmented.parse_args(shlex.split(command)[2:])
+    assert vars(again) == vars(part3_augmented.parse_args(argv))
+    _, meta = common.load_checkpoint(tmp_path / folder / "part3.pt", "cpu")
+    assert meta["command"] == command
+
+
+def test_arguments_need_not_be_text_in_a_notebook(narrow, tree, tmp_path):
+    rows = part1_baseline.main(on_tree(tree, tmp_path))  # numbers and paths
+    assert rows[0]["part"] == "part1"
+
+
+def test_importing_a_part_does_nothing(tmp_path):
+    code = "import part1_baseline, part2_robustness, part3_augmented, part4_angular"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- locales ------------------------------------------------------------------------------------
+
+NAMES = ("Stra\u00dfe", "\u0436\u0443\u043a", "\u6c34", "caf\u00e9 \u00b1 \u2013 \U0001f41d")
+PLAIN = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp("foreign") / "tree", classes=NAMES)
+
+
+@pytest.fixture(scope="module")
+def locales(tmp_path_factory):
+    """{name: environment}, ISO-8859-1 only where it can be compiled."""
+    found = {"C": PLAIN | {"LC_ALL": "C"}, "POSIX": PLAIN | {"LC_ALL": "POSIX"},
+             "ascii": {"PYTHONIOENCODING": "ascii", "LC_ALL": "C.UTF-8"}}
+    folder = tmp_path_factory.mktemp("locale")
+    localedef = shutil.which("localedef")
+    if localedef:
+        subprocess.run([localedef, "-i", "en_US", "-f", "ISO-8859-1",
+                        folder / "en_US.ISO-8859-1"], check=False, capture_output=True)
+    if list(folder.iterdir()):
+        found["ISO-8859-1"] = PLAIN | {"LC_ALL": "en_US.ISO-8859-1", "LOCPATH": str(folder)}
+    return found
+
+
+@pytest.mark.parametrize("locale", ["C", "ISO-8859-1", "ascii"])
+def test_parts_run_in_any_locale_on_any_names(foreign, locales, tmp_path, locale):
+    """Names that the locale has no characters for are read right: as UTF-8."""
+    if locale not in locales:
+        pytest.skip("this machine cannot make the locale")
+    env = {key: value for key, value in os.environ.items()
+           if not key.startswith(("LC_", "LANG", "PYTHON"))} | locales[locale]
+    results = tmp_path / "results"
+    name = "part4_angular" if locale == "ascii" else "part1_baseline"
+    keywords = {"env": env | {"OMP_NUM_THREADS": "1"}, "options": ["-X", "warn_default_encoding"]}
+    code, out, err = script(name, *on_tree(foreign, results), **keywords)
+    ours = [line for line in err.decode(errors="replace").splitlines()
+            if "EncodingWarning" in line and str(ROOT) in line and ".venv" not in line]
+    assert ours == []
+    assert code == 0, err.decode(errors="replace")
+    for ending in (".md", ".json", ".csv", ".html"):
+        files = list(results.glob(f"*{ending}"))
+        assert files
+        for path in files:
+            path.read_text(encoding="utf-8")
+    assert out
+    part = "part4" if locale == "ascii" else "part1"
+    metrics = {row["metric"] for row in read(results / f"{part}.csv")}
+    assert {f"accuracy of {name}" for name in NAMES} <= metrics
+
+
+def test_no_file_of_ours_is_opened_without_its_encoding():
+    """Every call that opens text says utf-8: by the source, as no run comes by every line."""
+    import ast
+
+    for path in sorted(ROOT.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            words = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            mode = ast.unparse(node.args[1]) if len(node.args) > 1 else words.get("mode", "")
+            where = f"{path.name}:{node.lineno}"
+            method = isinstance(node.func, ast.Attribute)
+            opens = not method and name == "open" and "b" not in mode
+            reads = name in ("read_text", "write_text") and ast.unparse(node.func)[:6] != "report"
+            if opens or (reads and method):
+                assert words.get("encoding", "").startswith("'utf-8"), where
+            if name in ("run", "Popen", "check_output") and "subprocess" in ast.unparse(node.func):
+                assert "encoding" in words, where
+
+
+def test_arguments_that_are_no_text_are_refused_in_one_sentence(tree, tmp_path):
+    env = os.environ | PLAIN | {"LC_ALL": "C.UTF-8"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "part1_baseline.py", "--dataset", "folder", "--data-dir", tree,
+         "--results-dir", os.fsencode(tmp_path) + b"/r\xff\xfe"], env=env, capture_output=True,
+        check=False)
+    assert done.returncode == 2
+    line = done.stderr.decode().splitlines()[-1]
+    assert "is no text here; rename the file or folder" in line
+    assert not list(tmp_path.iterdir())

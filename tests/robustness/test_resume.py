@@ -1,0 +1,136 @@
+"""A run that is killed at any moment and resumed ends as if nothing had happened, to the bit."""
+
+import random
+import shutil
+import signal
+import time
+
+import common
+import part2_robustness
+
+import numpy as np
+import pytest
+import torch
+
+from .conftest import count, end, on_checkpoint, on_tree, start, write_tree
+
+
+def no_part2():
+    """Parts 3 and 4 go on with part 2, whose resuming has a test of its own."""
+    part2_robustness.main = lambda argv=None: []
+
+
+def begin(script, argv, folder):
+    return start(script, argv, folder, None if script == "part2_robustness" else no_part2)
+
+
+def kill_at_random(script, argv, folder, kills, keep=None):
+    """Kills a run `kills` times at work, each time resumed where it was, then lets it end.
+
+    What ends sooner than it is killed starts anew, without its results but those that `keep` names.
+    """
+    chance = random.Random(0)
+    hits = 0
+    while hits < kills:
+        process = begin(script, [*argv, "--resume"], folder)
+        wait_for_states(folder / "results", chance.randint(0, 4), process)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (folder / "log").read_text()
+        hits += process.exitcode != 0
+        if process.exitcode == 0:
+            for path in (folder / "results").iterdir():
+                if not (keep and path.name.startswith(keep)):
+                    path.unlink()
+    end(begin(script, [*argv, "--resume"], folder), folder)
+
+
+def wait_for_states(results, times, process):
+    """Waits until a state has been written so many times more, or the process has ended."""
+    before = None
+    while times >= 0 and process.is_alive():
+        now = [path.stat().st_mtime_ns for path in results.glob("*_state.pt")]
+        if now != before:
+            before = now
+            times -= 1
+        time.sleep(0.001)
+
+
+def names_of(folder, ending):
+    return sorted(path.name for path in (folder / "results").glob(f"*{ending}")
+                  if not path.name.endswith("_state.pt"))
+
+
+def assert_equal(one, other):
+    """The same tables to the byte, and the same weights."""
+    for ending in (".csv", "_correct.npz", ".pt", ".json"):
+        assert names_of(one, ending) == names_of(other, ending)
+    for name in names_of(one, ".csv"):
+        assert (one / "results" / name).read_bytes() == (other / "results" / name).read_bytes()
+    for name in names_of(one, "_correct.npz"):
+        with np.load(one / "results" / name) as ours, np.load(other / "results" / name) as theirs:
+            assert all((ours[key] == theirs[key]).all() for key in ours.files)
+    assert names_of(one, ".pt")
+    for name in names_of(one, ".pt"):
+        ours, theirs = (common.load_checkpoint(folder / "results" / name, "cpu")[0].state_dict()
+                        for folder in (one, other))
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write_tree(folder / "tree", n=12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("script", "options", "kills"), [
+    ("part1_baseline", [], count(4, 40)),
+    ("part3_augmented", [], count(2, 10)),
+    ("part4_angular", ["--augment", "--loss", "cosface"], count(2, 10))])
+def test_a_training_killed_at_random_moments(narrow, data, tmp_path, script, options, kills):
+    argv = on_tree(data, "results", "--epochs", 12, *options)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    end(begin(script, argv, whole), whole)
+    kill_at_random(script, argv, killed, kills)
+    assert "Resumed after" in (killed / "log").read_text()
+    assert_equal(whole, killed)
+    end(begin(script, [*argv, "--lr", "0.3", "--resume"], killed), killed, code=2)
+    assert "this one has 0.3; give --lr 0." in (killed / "log").read_text()
+
+
+@pytest.mark.full
+def test_part_2_goes_on_after_the_condition_it_was_at(narrow, data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    end(start("part1_baseline", on_tree(data, "results"), whole), whole)
+    shutil.copytree(whole, killed)
+    argv = on_checkpoint("results/part1.pt", "results", "--perturbations", "gaussian_noise",
+                         "rotation", "cutout", "--severities", 1, 2, 3, 4, 5)
+    end(begin("part2_robustness", argv, whole), whole)
+    kill_at_random("part2_robustness", argv, killed, count(3, 30), keep="part1")
+    assert "Resumed after" in (killed / "log").read_text()
+    assert_equal(whole, killed)
+    assert not list(killed.glob("results/part2_state.pt"))
+
+
+def test_with_a_state_of_other_weights_part_2_does_not_resume(narrow, data, tmp_path):
+    folder = tmp_path / "run"
+    end(start("part1_baseline", on_tree(data, "results"), folder), folder)
+    process = start("part2_robustness", on_checkpoint("results/part1.pt", "results"), folder,
+                    stop_at_the_attack)
+    end(process, folder, code=130)
+    assert (folder / "results/part2_state.pt").exists()
+    end(start("part1_baseline", on_tree(data, "results", "--lr", 0.05), folder), folder)
+    argv = on_checkpoint("results/part1.pt", "results", "--resume")
+    log = end(start("part2_robustness", argv, folder), folder, code=2)
+    assert "--checkpoint with the weights" in log
+    log = end(start("part2_robustness", argv[:-1], folder), folder)
+    assert "an unfinished run (2 conditions done) will be replaced" in log
+
+
+def stop_at_the_attack():
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    part2_robustness.attack = interrupted

@@ -1,0 +1,112 @@
+"""The network: its checkpoint, its features, folding for inference, the average of its weights."""
+
+import math
+
+import common
+
+import pytest
+import torch
+from conftest import META
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+def normalized(images):
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (common.MEAN, common.STD))
+    return (images - mean) / std
+
+
+def test_checkpoint_round_trip(tmp_path, small_model, photos):
+    common.save_checkpoint(tmp_path / "a.pt", small_model, META)
+    model, meta = common.load_checkpoint(tmp_path / "a.pt", CPU)
+    assert meta == META
+    assert not model.training
+    with torch.no_grad():
+        assert torch.allclose(model(photos / 255), small_model(photos / 255), atol=1e-5)
+
+
+def test_backbone_loads_into_torchvision(small_model):
+    from torchvision.models import resnet18
+
+    other = resnet18(num_classes=10)
+    other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    other.load_state_dict(small_model.backbone.state_dict(), strict=True)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = other.eval()(normalized(images))
+        assert torch.allclose(logits, small_model(images), atol=1e-5)
+
+
+def test_features_are_what_the_last_layer_sees(small_model, photos):
+    amp = common.Amp("off", CPU)
+    logits, features, _ = common.predict(small_model, photos, amp, batch_size=16)
+    assert features.shape == (40, 512)
+    assert torch.allclose(small_model.backbone.fc(features), logits, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(small_model(photos / 255), logits, atol=1e-4)
+    assert not small_model.backbone.avgpool._forward_hooks
+
+
+@pytest.mark.parametrize("classes", [None, 4])
+def test_folding_changes_nothing_but_speed(small_model, photos, classes):
+    model = small_model
+    if classes:
+        model = common.Model(16, head=common.ClassMeans(classes, 16))
+        nn.init.normal_(model.head.means)
+        model.backbone.bn1.running_mean.uniform_()
+        model.backbone.layer2[0].downsample[1].running_var.uniform_(0.5, 2)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quick = common.folded(model)
+    assert model.training
+    assert not quick.training
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.allclose(quick(photos / 255), model.eval()(photos / 255), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("power", [3, 24])
+def test_the_average_is_of_the_weights_and_its_batch_statistics_are_its_own(photos, power):
+    model = common.Model(2)
+    average = common.WeightAverage(model, power)
+    steps = []
+    for _ in range(5):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+        steps.append([weight.detach().clone() for weight in model.parameters()])
+        average.update(model)
+    share = [float(math.prod(range(k, k + power))) for k in range(1, 6)]  # nearly k to the power
+    for *trained, ours in zip(*steps, average.model.parameters(), strict=True):
+        total = sum(s * weight.double() for s, weight in zip(share, trained, strict=True))
+        assert torch.allclose(ours.double(), total / sum(share), atol=1e-6)
+    weights = [weight.detach().clone() for weight in average.model.parameters()]
+    averaged = average.for_evaluation(photos, common.Amp("off", CPU))
+    with torch.no_grad():
+        seen = averaged.backbone.conv1(normalized(photos / 255)).double()
+    seen = seen.transpose(0, 1).flatten(1)  # (64, pixels)
+    assert torch.allclose(averaged.backbone.bn1.running_mean.double(), seen.mean(1), atol=1e-5)
+    assert torch.allclose(averaged.backbone.bn1.running_var.double(), seen.var(1), rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(averaged.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize(("step", "sizes"), [(1, [67, 67, 66]), (2, [100]), (5, [40])])
+def test_the_average_estimates_batch_statistics_on_batches_of_all_classes(step, sizes):
+    images = (torch.arange(200) // 20).to(torch.uint8)  # in the order of classes
+    images = images.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    average = common.WeightAverage(common.Model(2), power=3)
+    seen = []
+    average.model.register_forward_pre_hook(
+        lambda module, batch: seen.append((batch[0] * 255)[:, 0, 0, 0].round()))
+    amp = common.Amp("off", CPU)
+    average.for_evaluation(images[::step], amp)
+    assert [len(batch) for batch in seen] == sizes
+    for batch in seen:
+        even = [len(batch) / 10] * 10
+        assert torch.bincount(batch.long()).tolist() == pytest.approx(even, abs=1)
+    first = {name: tensor.clone() for name, tensor in average.model.state_dict().items()}
+    average.for_evaluation(images[:50], amp)
+    again = average.for_evaluation(images[::step], amp).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())

@@ -1,0 +1,636 @@
+"""Figures: what is drawn, that nothing of the user's changes it, that none costs the run."""
+
+import itertools
+import re
+import sys
+import types
+
+import perturbations
+import plots
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from matplotlib.text import Text
+from PIL import Image
+
+ANIMALS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay"]
+ODD = [
+    "$5_$10",
+    "\\frac",
+    "100%",
+    "{x}",
+    "long " * 40,
+    "猫と犬",
+    "🐈 cat",
+    "two\nlines",
+    "_hidden",
+    "a\udcffb",
+]
+NAMES = {
+    "part1": "cross-entropy",
+    "part3": "augmented",
+    "part3_crop_flip": "crop and flip",
+    "part4": "Angular",
+    "part4_augmented": "Angular, augmented",
+    "part4_proxies": "Angular, proxies",
+    "part4_proxies_augmented": "Angular, proxies, augmented",
+}
+ATTACKS = (
+    "fgsm",
+    "pgd",
+    "random_sign",
+    "fgsm_predicted",
+    "fgsm_targeted",
+    "fgsm_from_part1",
+    "worst_case",
+)
+
+
+def run_of(classes=ANIMALS, dataset="toys"):
+    return types.SimpleNamespace(
+        part="part3", label="augmented", dataset=dataset, classes=classes, seed=7
+    )
+
+
+def row(condition, severity="", value=0.5, n=2000):
+    return {
+        "part": "part3",
+        "condition": condition,
+        "severity": severity,
+        "metric": "accuracy",
+        "value": value,
+        "ci_low": value - 0.02,
+        "ci_high": value + 0.03,
+        "n": n,
+    }
+
+
+HISTORY = [
+    {"epoch": e, "loss": 2.0 / e, "train_accuracy": 0.3 + e / 20, "eval_accuracy": 0.4, "lr": 0.1}
+    for e in range(1, 5)
+]
+PERTURBED = [row("clean", value=0.9)]
+for _name in perturbations.PERTURBATIONS:
+    _levels = ("",) if _name in perturbations.NO_SEVERITY else ("1", "3", "5")
+    PERTURBED += [row(_name, level, 0.8 - 0.05 * int(level or 1)) for level in _levels]
+ATTACKED = [row("fgsm", "0", 0.7)]
+for _e in (1, 2, 4, 8, 16):
+    ATTACKED += [
+        row(name, str(_e), 0.6 - _e / 40, 2000 if name != "pgd" else 100) for name in ATTACKS
+    ]
+
+
+def predictions(classes):
+    """Predictions and labels, 20 of each class: 14 right, 4 the next class, 2 the one after it."""
+    labels = np.repeat(np.arange(classes), 20)
+    return (labels + np.tile([0] * 14 + [1] * 4 + [2] * 2, classes)) % classes, labels
+
+
+def panels(classes, number=2):
+    generator = np.random.default_rng(0)
+    labels = np.arange(300) % classes
+    centers = generator.normal(size=(classes, 2)) * 5
+    return [
+        plots.Panel(f"condition {i}", centers[labels] + generator.normal(size=(300, 2)), labels)
+        for i in range(number)
+    ]
+
+
+def table(parts=tuple(NAMES)):
+    rows = []
+    for shift, part in enumerate(parts):
+        for source in PERTURBED + [r for r in ATTACKED if r["condition"] in ("fgsm", "pgd")]:
+            family = perturbations.FAMILY.get(source["condition"], "")
+            if source["condition"] in ATTACKS:
+                family = "attack"
+            moved = {k: source[k] - shift / 50 for k in ("ci_low", "ci_high")}
+            rows.append(
+                source
+                | moved
+                | {
+                    "part": part,
+                    "accuracy": source["value"] - shift / 50,
+                    "family": family,
+                    "dataset": "toys",
+                }
+            )
+    return rows
+
+
+def draw_all(folder, run):
+    """Every figure once, of data that belong to `run`; returns their paths."""
+    classes = len(run.classes)
+    images = torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).view(4, 3, 8, 8)
+    names = dict.fromkeys(NAMES, run.label)
+    dataset = [r | {"dataset": run.dataset} for r in table()]
+    plots.history(folder / "history.png", HISTORY, run)
+    plots.confusion(folder / "confusion.png", *predictions(classes), run)
+    plots.umap(folder / "umap.png", panels(classes), run)
+    plots.examples(
+        folder / "examples.png",
+        [(run.classes[0], images), ("half", images / 255)],
+        run,
+        run.dataset,
+    )
+    plots.severities(folder / "severities.png", PERTURBED, run)
+    plots.attack(folder / "attack.png", ATTACKED, run, "inf", [run.classes[0]])
+    plots.comparison(folder / "comparison.png", dataset, names)
+    return sorted(folder.glob("*.png"))
+
+
+def record(monkeypatch):
+    """{file name: (figure, caption)} of what is saved from now on."""
+    figures, original = {}, plots.save
+
+    def save(figure, path, caption):
+        figures[path.name] = figure, caption
+        original(figure, path, caption)
+
+    monkeypatch.setattr(plots, "save", save)
+    return figures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    return record(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def every_figure(tmp_path_factory):
+    """Every figure of ten classes: (paths, what was drawn, whether that imported pyplot)."""
+    had_pyplot = "matplotlib.pyplot" in sys.modules
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        figures = record(monkeypatch)
+        paths = draw_all(tmp_path_factory.mktemp("figures"), run_of())
+    return paths, figures, ("matplotlib.pyplot" in sys.modules) != had_pyplot
+
+
+def texts(figure):
+    """The texts that are seen; matplotlib also keeps labels of ticks beyond the ends of an axis."""
+    beyond = []
+    for axis in itertools.chain(*((a.xaxis, a.yaxis) for a in figure.axes)):
+        low, high = sorted(axis.get_view_interval())
+        beyond += [t.label1 for t in axis.get_major_ticks() if not low <= t.get_loc() <= high]
+    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    return [t for t in found if t not in beyond]
+
+
+def png(path):
+    """(width, height) in pixels, and what else the file says."""
+    with Image.open(path) as image:
+        return image.size, image.info
+
+
+def words(figure):
+    return [t.get_text() for t in texts(figure)]
+
+
+# ---- colours ----
+
+VISION = {  # Machado et al. 2009, severity 1, on linear RGB
+    "normal": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
+
+
+def lab(color, vision="normal"):
+    """CIE Lab (D65) of a colour #RRGGBB as this vision has it."""
+    srgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.asarray(VISION[vision]) @ linear, 0, 1)
+    to_xyz = np.array(
+        [
+            [0.4124564, 0.3575761, 0.1804375],
+            [0.2126729, 0.7151522, 0.0721750],
+            [0.0193339, 0.1191920, 0.9503041],
+        ]
+    )
+    xyz = to_xyz @ linear / to_xyz.sum(1)
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def delta_e_2000(first, second):
+    """Colour difference CIEDE2000 of two Lab colours (Sharma, Wu & Dalal 2005)."""
+    (l1, a1, b1), (l2, a2, b2) = first, second
+    mean = (np.hypot(a1, b1) + np.hypot(a2, b2)) / 2
+    stretch = 1.5 - 0.5 * np.sqrt(mean**7 / (mean**7 + 25**7))
+    a1, a2 = a1 * stretch, a2 * stretch
+    c1, c2 = np.hypot(a1, b1), np.hypot(a2, b2)
+    h1, h2 = np.degrees(np.arctan2(b1, a1)) % 360, np.degrees(np.arctan2(b2, a2)) % 360
+    turn = (h2 - h1 + 180) % 360 - 180
+    hue = np.radians(h1 + turn / 2)
+    d_hue = 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn / 2))
+    light, chroma = (l1 + l2) / 2, (c1 + c2) / 2
+    weight = (
+        1
+        - 0.17 * np.cos(hue - np.radians(30))
+        + 0.24 * np.cos(2 * hue)
+        + 0.32 * np.cos(3 * hue + np.radians(6))
+        - 0.2 * np.cos(4 * hue - np.radians(63))
+    )
+    s_l = 1 + 0.015 * (light - 50) ** 2 / np.sqrt(20 + (light - 50) ** 2)
+    s_c, s_h = 1 + 0.045 * chroma, 1 + 0.015 * chroma * weight
+    blue = 60 * np.exp(-((((np.degrees(hue) % 360) - 275) / 25) ** 2))
+    rotation = -2 * np.sqrt(chroma**7 / (chroma**7 + 25**7)) * np.sin(np.radians(blue))
+    parts = (l2 - l1) / s_l, (c2 - c1) / s_c, d_hue / s_h
+    return np.sqrt(sum(p**2 for p in parts) + rotation * parts[1] * parts[2])
+
+
+def smallest_difference(colors):
+    found = []
+    for vision in VISION:
+        seen = [lab(c, vision) for c in colors]
+        found += [delta_e_2000(a, b) for a, b in itertools.combinations(seen, 2)]
+    return min(found)
+
+
+def attack_colors():
+    return [look.color for look in plots.ATTACK.values()]
+
+
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [  # of the authors' test data
+        ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+        ((50, 2.5, 0), (73, 25, -18), 27.1492),
+        ((50, 2.5, 0), (50, 0, -2.5), 4.3065),
+        ((2.0776, 0.0795, -1.1350), (0.9033, -0.0636, -0.5514), 0.9082),
+    ],
+)
+def test_the_colour_difference_is_the_published_one(first, second, expected):
+    assert delta_e_2000(first, second) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "colors, number",
+    [(plots.CLASS_COLORS, 10), (tuple(plots.PART_COLORS.values()), 7), (attack_colors(), 7)],
+)
+def test_colours_stay_apart_with_every_kind_of_vision_and_on_white(colors, number):
+    assert len(colors) == number
+    assert smallest_difference(colors) >= 15
+    white = lab("#FFFFFF")
+    assert min(delta_e_2000(lab(c), white) for c in colors) >= 15
+
+
+def test_no_colour_means_two_things():
+    sets = [
+        plots.CLASS_COLORS,
+        plots.PART_COLORS.values(),
+        attack_colors(),
+        plots.SEVERITY_COLORS.values(),
+        (plots.NEUTRAL, plots.FAINT, plots.DIAGONAL),
+    ]
+    everything = list(itertools.chain(*sets))
+    assert len(set(everything)) == len(everything)
+    pairs = itertools.product(plots.PART_COLORS.values(), attack_colors())
+    assert min(delta_e_2000(lab(a), lab(b)) for a, b in pairs) >= 10
+
+
+# ---- a figure never costs the run ----
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(28, "No space left on device"), ValueError("first\nsecond ✗")]
+)
+def test_a_failure_is_one_line_and_the_former_figure_goes(error, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(plots.Figure, "savefig", fail)
+    path = tmp_path / "part3_history.png"
+    path.write_bytes(b"of an earlier model")
+    assert plots.history(path, HISTORY, run_of()) is None
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "part3_history.png" in out and "removed" in out and err == ""
+    assert (str(error).split("\n")[0] or "MemoryError").split("] ")[-1] in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_data_is_one_line_in_every_figure(tmp_path, capsys):
+    broken = object()
+    plots.history(tmp_path / "a.png", broken, run_of())
+    plots.confusion(tmp_path / "b.png", [1], [99], run_of())
+    plots.umap(tmp_path / "c.png", [], run_of())
+    plots.examples(tmp_path / "d.png", [], run_of(), "none")
+    plots.severities(tmp_path / "e.png", [{}], run_of())
+    plots.attack(tmp_path / "f.png", [], run_of(), "inf", [])
+    plots.comparison(tmp_path / "g.png", [], NAMES)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": not drawn (")[0][-5:] for line in lines] == [
+        f"{c}.png" for c in "abcdefg"
+    ]
+
+
+def test_what_cannot_be_removed_is_said_and_kept(tmp_path, capsys):
+    (tmp_path / "x.png" / "notes").mkdir(parents=True)
+    plots.history(tmp_path / "x.png", HISTORY, run_of())
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "could not be removed" in out
+    assert [p.name for p in tmp_path.rglob("*")] == ["x.png", "notes"]
+
+
+def test_an_interrupt_is_not_swallowed(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots.Figure, "savefig", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        plots.history(tmp_path / "x.png", HISTORY, run_of())
+
+
+# ---- nothing of the user's changes a figure, and no figure changes the user's ----
+
+HOSTILE = {
+    "text.usetex": True,
+    "font.size": 40,
+    "backend": "TkAgg",
+    "axes.facecolor": "red",
+    "savefig.dpi": 12,
+    "axes.prop_cycle": matplotlib.cycler(color=["pink"]),
+    "savefig.bbox": "tight",
+    "lines.linestyle": ":",
+    "image.origin": "lower",
+    "figure.constrained_layout.use": False,
+    "axes.grid": True,
+    "legend.loc": "center",
+    "savefig.transparent": True,
+    "path.sketch": (9, 9, 9),
+    "axes.unicode_minus": False,
+}
+
+
+def test_the_bytes_depend_on_the_data_alone(every_figure, tmp_path, monkeypatch):
+    plain, _, imported_pyplot = every_figure
+    assert not imported_pyplot
+    for key, value in HOSTILE.items():
+        monkeypatch.setitem(matplotlib.rcParams, key, value)
+    before = dict(matplotlib.rcParams)
+    hostile = draw_all(tmp_path, run_of())
+    assert dict(matplotlib.rcParams) == before
+    assert len(plain) == len(hostile) == 7
+    assert [
+        p.name for p, q in zip(plain, hostile, strict=True) if p.read_bytes() != q.read_bytes()
+    ] == []
+    _, info = png(plain[0])
+    assert "Software" not in info and info["dpi"] == pytest.approx((160, 160), abs=0.1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_text_is_drawn_as_it_is(tmp_path, drawn, capfd):
+    paths = draw_all(tmp_path, run_of(ODD, dataset="$\\alpha_{" + "猫" * 100))
+    assert len(paths) == 7
+    assert capfd.readouterr() == ("", "")
+    for path in paths:
+        check_readable(drawn[path.name][0], path)
+    for name in ("confusion.png", "umap.png"):
+        found = [w.strip() for w in words(drawn[name][0])]
+        assert {"$5_$10", "\\frac", "100%", "{x}", "two lines", "_hidden", "a?b"} <= set(found)
+        assert max(len(w) for w in found if w.startswith("long")) <= 24
+    assert all(not t.get_parse_math() for figure, _ in drawn.values() for t in texts(figure))
+
+
+# ---- readable ----
+
+
+def check_readable(figure, path):
+    """Every text is inside the figure and at least 7 points once the figure is 7.2 inches wide."""
+    scale = 7.2 / figure.get_figwidth()
+    renderer = figure.canvas.get_renderer()
+    size = figure.bbox
+    for text in texts(figure):
+        assert text.get_fontsize() * scale >= 7, text
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= size.x0 - 1 and box.x1 <= size.x1 + 1, text
+        assert box.y0 >= size.y0 - 1 and box.y1 <= size.y1 + 1, text
+    assert max(png(path)[0]) <= 2400
+
+
+def test_every_figure_is_readable_and_says_what_it_shows(every_figure):
+    paths, drawn, _ = every_figure
+    for path in paths:
+        figure, caption = drawn[path.name]
+        check_readable(figure, path)
+        assert "toys" in caption
+        if path.name != "comparison.png":
+            assert "Part 3 (augmented) on toys, seed 7" in caption
+        if path.name not in ("history.png", "examples.png"):
+            assert re.search(r"n = \d", " ".join([caption, *words(figure)]))
+
+
+@pytest.mark.parametrize("classes", [2, 37, 200])
+def test_many_classes_stay_readable(classes, tmp_path, drawn):
+    run = run_of([f"a class with the number {i}" for i in range(classes)])
+    plots.confusion(tmp_path / "confusion.png", *predictions(classes), run)
+    plots.umap(tmp_path / "umap.png", panels(classes), run)
+    for name, (figure, _) in drawn.items():
+        check_readable(figure, tmp_path / name)
+    figure, caption = drawn["confusion.png"]
+    axes = figure.axes[0]
+    named = [t.get_text() for t in axes.get_yticklabels()]
+    assert len(named) == min(classes, -(-classes // -(-classes // 40))) <= 40
+    assert ("is named" in caption) == (classes > 40)
+    assert bool(axes.texts) == (classes == 2)
+    boxes = [t.get_window_extent() for t in axes.get_yticklabels()]
+    assert all(above.y0 >= below.y1 - 1 for above, below in zip(boxes, boxes[1:], strict=False))
+    figure, caption = drawn["umap.png"]
+    assert bool(figure.legends) == (classes <= 20)
+    assert len(figure.axes[0].texts) == min(classes, 10)
+    assert (f"10 of the {classes} classes" in caption) == (classes > 20)
+
+
+# ---- each figure ----
+
+
+def test_the_confusion_matrix_scales_errors_on_their_own(tmp_path, drawn):
+    predicted, labels = predictions(10)
+    plots.confusion(tmp_path / "x.png", torch.tensor(predicted), torch.tensor(labels), run_of())
+    figure, caption = drawn["x.png"]
+    errors, diagonal = figure.axes[0].images
+    shares = np.asarray(errors.get_array())
+    assert (shares[0, 1], shares[0, 2], shares[3, 3], shares.max()) == (20, 10, 0, 20)
+    assert errors.get_clim() == (0, 20)
+    assert [t.get_text() for t in figure.axes[0].texts[:3]] == ["70", "20", "10"]
+    gray = np.unique(diagonal.to_rgba(diagonal.get_array())[np.eye(10, dtype=bool)], axis=0)
+    assert gray.shape == (1, 4) and len(set(gray[0, :3])) == 1
+    assert diagonal.get_array().mask.sum() == 90
+    assert "n = 200" in caption and "70.0 %" in caption
+    assert any("(%)" in w and "errors" in w for w in words(figure))
+
+
+def test_a_class_without_images_leaves_the_confusion_matrix_whole(tmp_path, drawn):
+    plots.confusion(tmp_path / "x.png", [0, 0], [0, 0], run_of())
+    assert np.isfinite(drawn["x.png"][0].axes[0].images[0].get_array()).all()
+
+
+def test_umap_panels_share_axes_and_every_class_keeps_its_colour(tmp_path, drawn):
+    shown = panels(10)
+    plots.umap(tmp_path / "x.png", shown, run_of())
+    figure, caption = drawn["x.png"]
+    first, second = figure.axes
+    assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
+    for axes, panel in zip(figure.axes, shown, strict=True):
+        dots = max(axes.findobj(PathCollection), key=lambda c: len(c.get_offsets()))
+        for place, color in zip(dots.get_offsets(), dots.get_facecolors(), strict=True):
+            label = panel.labels[np.abs(panel.points - place).sum(1).argmin()]
+            assert matplotlib.colors.to_hex(color[:3]).upper() == plots.CLASS_COLORS[label]
+        assert [t.get_text() for t in axes.texts] == ANIMALS
+        assert all(t.get_path_effects() for t in axes.texts)
+    legend = figure.legends[0]
+    assert [t.get_text() for t in legend.get_texts()] == ANIMALS
+    assert "n = 300" in caption and "not comparable" in caption
+
+
+def test_names_stand_at_their_clusters_and_not_on_each_other(tmp_path, drawn):
+    far = np.array([[0.0, 0.0], [10.0, 10.0], [10.0, 10.0]])
+    plots.umap(
+        tmp_path / "x.png",
+        [plots.Panel("all", np.tile(far, (9, 1)), np.tile([0, 1, 2], 9))],
+        run_of(["one", "two", "three"]),
+    )
+    axes = drawn["x.png"][0].axes[0]
+    one, two, three = (t.get_window_extent() for t in axes.texts)
+    assert one.contains(*axes.transData.transform(far[0]))
+    assert two.contains(*axes.transData.transform(far[1]))
+    assert not two.overlaps(three)
+
+
+def test_examples_show_the_pixels(tmp_path, drawn):
+    images = torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8)
+    plots.examples(
+        tmp_path / "x.png", [("bytes", images), ("floats", images / 255)], run_of(), "Pictures"
+    )
+    picture = drawn["x.png"][0].axes[0].images[0].get_array()
+    assert picture.shape == (2 * 5 + 2, 3 * 7 + 2 * 2, 3)
+    expected = images[1].permute(1, 2, 0).numpy() / 255
+    np.testing.assert_allclose(picture[:5, 9:16], expected, atol=1e-6)
+    np.testing.assert_allclose(picture[7:12, 9:16], expected, atol=1e-6)
+
+
+def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, drawn):
+    nan = float("nan")
+    plots.history(tmp_path / "x.png", [HISTORY[0] | {"eval_accuracy": nan}], run_of())
+    plots.history(tmp_path / "y.png", HISTORY, run_of())
+    (one,) = drawn["x.png"][0].axes[1].lines
+    assert one.get_marker() == "o" and one.get_ydata() == pytest.approx([35])
+    training, evaluation = drawn["y.png"][0].axes[1].lines
+    assert evaluation.get_color() == plots.PART_COLORS[
+        "part3"
+    ] and evaluation.get_ydata() == pytest.approx([40] * 4)
+    assert {"evaluation images, averaged weights", "training batches", "accuracy (%)"} <= set(
+        words(drawn["y.png"][0])
+    )
+
+
+def intervals(axes):
+    """The ends of all intervals: for each curve an array (n, 2 ends, 2 coordinates)."""
+    return [np.array(bars.get_segments()) for c in axes.containers for bars in c.lines[2]]
+
+
+def test_severities_stand_under_their_family_with_their_intervals(tmp_path, drawn):
+    plots.severities(tmp_path / "x.png", PERTURBED, run_of())
+    axes = drawn["x.png"][0].axes[0]
+    labels = [t.get_text() for t in axes.get_yticklabels()]
+    bold = [t.get_text() for t in axes.get_yticklabels() if t.get_fontweight() == "bold"]
+    assert bold == ["Noise", "Blur, held out", "Color", "Geometry"]
+    assert (
+        labels.index("jpeg")
+        < labels.index("Color")
+        < labels.index("grayscale")
+        < labels.index("Geometry")
+    )
+    bars = np.concatenate(intervals(axes))
+    assert len(bars) == len(PERTURBED) - 1
+    jpeg = bars[bars[:, 0, 1] == labels.index("jpeg")][:, :, 0]
+    np.testing.assert_allclose(sorted(jpeg.tolist()), [[53, 58], [63, 68], [73, 78]])
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [90]
+
+
+@pytest.mark.parametrize("norm, name", [("inf", "L∞"), ("2", "L2")])
+def test_attacks_are_of_one_norm_and_eps_stand_evenly(norm, name, tmp_path, drawn):
+    other = {
+        "fgsm": "fgsm_l2",
+        "pgd": "pgd_l2",
+        "random_sign": "random_l2",
+        "fgsm_predicted": "fgsm_l2_predicted",
+    }
+    l2 = [
+        r | {"condition": other[r["condition"]], "value": 0.123}
+        for r in ATTACKED
+        if r["condition"] in other
+    ]
+    plots.attack(tmp_path / "x.png", ATTACKED + l2, run_of(), norm, ["zero gradients"])
+    figure, caption = drawn["x.png"]
+    axes = figure.axes[0]
+    assert len(axes.containers) == (7 if norm == "inf" else 4)
+    assert list(axes.get_xticks()) == [0, 1, 2, 3, 4, 5]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2", "4", "8", "16"]
+    assert list(np.round(axes.containers[0].lines[0].get_xdata())) == [0, 1, 2, 3, 4, 5]
+    assert name in axes.get_xlabel() and "1/255" in axes.get_xlabel()
+    values = np.concatenate([c.lines[0].get_ydata() for c in axes.containers])
+    assert np.isclose(values, 12.3).all() == (norm == "2")
+    assert "AUDIT FAILED: zero gradients" in caption
+    assert sum("n = 100" in w for w in words(figure)) == 1
+
+
+def test_passed_audits_are_said_and_half_an_eps_has_its_place(tmp_path, drawn):
+    plots.attack(
+        tmp_path / "x.png", [row("fgsm", e) for e in ("16", "0.5", "0")], run_of(), "inf", []
+    )
+    figure, caption = drawn["x.png"]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0", "0.5", "16"]
+    assert "All audits" in caption and "FAILED" not in caption
+
+
+def test_the_comparison_is_landscape_and_shows_every_model_with_intervals(tmp_path, drawn):
+    plots.comparison(tmp_path / "x.png", table(), NAMES)
+    figure, caption = drawn["x.png"]
+    width, height = png(tmp_path / "x.png")[0]
+    assert width > 1.3 * height
+    left, middle, fgsm = figure.axes
+    headings = [
+        t.get_text()
+        for a in (left, middle)
+        for t in a.get_yticklabels()
+        if t.get_fontweight() == "bold"
+    ]
+    assert headings == ["Noise", "Blur, held out", "Color", "Geometry"]
+    assert left.get_xlim() == middle.get_xlim()
+    low, high = left.get_xlim()
+    assert 48 < low < 51 and 93 < high < 96  # the intervals reach from 51 to 93 %
+    labels = [t.get_text() for t in left.get_yticklabels()]
+    for container, color in zip(left.containers, plots.PART_COLORS.values(), strict=True):
+        assert container.lines[0].get_color() == color
+    jpeg = [c.lines[0].get_xdata()[labels.index("jpeg") - 2] for c in left.containers]
+    np.testing.assert_allclose(
+        jpeg, [65 - 2 * i for i in range(7)]
+    )  # the mean of 75, 65 and 55, minus 2 a model
+    for found in intervals(left):
+        np.testing.assert_allclose(np.diff(found[:, :, 0], axis=1), 5)  # from 2 below to 3 above
+    assert [t.get_text() for t in fgsm.get_xticklabels()] == ["0", "1", "2", "4", "8", "16"]
+    assert len(fgsm.containers) == 7
+    assert "n = 2,000" in caption and "1, 3, 5" in caption
+    assert "Part 4 (Angular, proxies, augmented)" in words(figure)
+
+
+@pytest.mark.parametrize(
+    "keep, axes", [(lambda r: r["condition"] == "clean", 1), (lambda r: r["family"] != "attack", 2)]
+)
+def test_the_comparison_of_what_is_there_so_far(keep, axes, tmp_path, drawn):
+    rows = [r for r in table(("part1", "part3")) if keep(r)]
+    plots.comparison(tmp_path / "x.png", rows, {"part1": "cross-entropy", "part3": "augmented"})
+    figure, _ = drawn["x.png"]
+    assert len(figure.axes) == axes
+    check_readable(figure, tmp_path / "x.png")

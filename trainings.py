@@ -1,0 +1,313 @@
+"""The comparison over several trainings: what holds of a method, not of one network."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import checkpoints
+import claims
+import common
+import comparison
+import metrics
+import pages
+import report
+from arguments import UsageError
+from comparison import ALL_PERTURBED, ALPHA, GROUPS, TEST, TRAIN, Line
+from pages import bullets, code, markdown_table
+
+import numpy as np
+
+NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed"}
+NOT_COMPARED_PART2 = {*NOT_COMPARED, "checkpoint", "batch_size", "cifar10c"}
+MAIN_ATTACK = "FGSM 8/255"  # that a claim is made of
+
+
+class MethodTest(NamedTuple):
+    """The paired difference of a part and its reference over trainings, of one Line."""
+
+    line: Line
+    part: str
+    reference: str
+    change: metrics.Difference
+    p_holm: float
+
+    @property
+    def verdict(self):
+        found = comparison.verdict(self.p_holm, self.change.mean)
+        return found or f"not resolved with {trainings(self.change.n)}"
+
+
+def trainings(n):
+    return f"{n} training{'s' if n > 1 else ''}"
+
+
+def compare_trainings(folders):
+    """Writes trainings.csv, trainings.md and trainings.html beside the first of `folders`.
+
+    Prints the table; returns the rows of trainings.csv.  Raises UsageError unless the folders hold
+    different trainings of the same study.
+    """
+    studies = [comparison.read_study(folder) for folder in folders]
+    check(studies)
+    counts = {}  # part -> number of trainings
+    for name in common.PARTS:
+        n = sum(name in study.parts for study in studies)
+        if n:
+            counts[name] = n
+    tables = comparison.shared([comparison.measured(study) for study in studies])
+    overviews = [comparison.overview(table, list(counts)) for table in tables]
+    lines = over_trainings(overviews, list(counts))
+    tests = method_tests(lines, counts)
+    rows = training_rows(studies[0].dataset, lines, counts, tests)
+    parent = Path(folders[0]).resolve().parent
+    report.write_rows(parent / "trainings.csv", rows)
+    text = training_text(studies, tables, lines, counts, tests)
+    report.write_text(parent / "trainings.md", text)
+    pages.write(parent / "trainings.html", text)
+    body = []
+    for line in lines:
+        spreads = [spread(line.values[name], n) for name, n in counts.items()]
+        body.append((pages.plain(line.title), *spreads))
+    report.print_table(f"{studies[0].dataset}, accuracy in %, mean ± standard deviation over "
+                       f"trainings ({parent / 'trainings.md'})", ("", *counts), body)
+    return rows
+
+
+# ---- what may be summarized ---------------------------------------------------------------------
+
+
+def check(studies):
+    """Raises UsageError unless the Studies are different trainings that differ in seeds alone."""
+    if len(studies) < 2:
+        raise UsageError(f"expected at least two results directories, found {len(studies)}")
+    if len({study.folder.resolve() for study in studies}) < len(studies):
+        raise UsageError("the same results directory stands twice in the list; expected different "
+                         "trainings")
+    first = studies[0]
+    weights = {}
+    draws = {}
+    for study in studies:
+        if study.dataset != first.dataset:
+            raise UsageError(f"{first.folder} holds results on {first.dataset}, {study.folder} on "
+                             f"{study.dataset}; expected one data set")
+        seeds = sorted({part.seed for part in study.parts.values()})
+        if len(seeds) > 1:
+            raise UsageError(f"{study.folder} holds parts of the seeds {seeds}, expected one seed; "
+                             "give each seed its own --results-dir")
+        for part in study.parts.values():
+            other = weights.setdefault(part.weights, study.folder)
+            if other != study.folder:
+                raise UsageError(f"{part.name} has the same weights in {other} and "
+                                 f"{study.folder}; expected different trainings")
+        draw = seeds[0], study.split_hash
+        other = draws.setdefault(draw, study.folder)
+        if other != study.folder:
+            raise UsageError(f"{other} and {study.folder} are both of seed {seeds[0]}, split "
+                             f"{study.split_hash}; expected different trainings")
+    for name in common.PARTS:
+        check_arguments(studies, name)
+
+
+def check_arguments(studies, name):
+    """Raises UsageError if trainings of one part differ in an argument that changes results."""
+    first = None
+    for study in studies:
+        part = study.parts.get(name)
+        if part is None:
+            continue
+        if part.record is None:
+            raise UsageError(f"{study.folder}/{name}.json is missing or of other weights, so that "
+                             f"the arguments of {name} cannot be compared; train it again, or "
+                             "leave the directory out")
+        if first is None:
+            first = study
+            continue
+        before = first.parts[name]
+        refuse(name, NOT_COMPARED, first, before.record, study, part.record)
+        if before.part2_record and part.part2_record:
+            refuse(report.robustness_name(name), NOT_COMPARED_PART2, first, before.part2_record,
+                   study, part.part2_record)
+
+
+def refuse(name, not_compared, first, before, study, now):
+    """Raises UsageError if two records differ in an argument."""
+    for argument in sorted({*before["args"], *now["args"]} - not_compared):
+        values = before["args"].get(argument, "absent"), now["args"].get(argument, "absent")
+        if values[0] != values[1]:
+            flag = argument.replace("_", "-")
+            raise UsageError(f"{name} has --{flag} {report.spelled(values[0])} in {first.folder} "
+                             f"and {report.spelled(values[1])} in {study.folder}; expected "
+                             "trainings that differ in seeds alone")
+
+
+# ---- means and tests ----------------------------------------------------------------------------
+
+
+def over_trainings(overviews, names):
+    """Lines whose values are arrays (n,), one number a training, nan where there is none."""
+    result = {}
+    for i, lines in enumerate(overviews):
+        for line in lines:
+            if line.title not in result:
+                empty = {name: np.full(len(overviews), math.nan) for name in names}
+                result[line.title] = line._replace(values=empty)
+            for name in names:
+                result[line.title].values[name][i] = line.values[name]
+    return sorted(result.values(), key=group_order)
+
+
+def group_order(line):
+    return list(GROUPS).index(line.group)
+
+
+def method_tests(lines, names):
+    """The MethodTests of all parts against their references, over what both have.
+
+    Holm's correction is over each pair's table; perturbations (with clean images) and attacks are
+    counted apart.
+    """
+    tests = []
+    for part, reference in comparison.pairs(names):
+        for groups in (("clean", "perturbed"), ("attacked",)):
+            changes = []
+            for line in lines:
+                ours, theirs = line.values[part], line.values[reference]
+                both = np.isfinite(ours) & np.isfinite(theirs)
+                if line.group in groups and line.compared and both.any():
+                    change = metrics.paired_difference(ours[both], theirs[both])
+                    changes.append((line, change))
+            corrected = metrics.holm([change.p_value for _, change in changes])
+            for (line, change), p_holm in zip(changes, corrected, strict=True):
+                tests.append(MethodTest(line, part, reference, change, float(p_holm)))
+    return tests
+
+
+def training_rows(dataset, lines, names, tests):
+    """The rows of trainings.csv: one a line, part and reference; fractions."""
+    rows = []
+    for line in lines:
+        for name in names:
+            values = line.values[name][np.isfinite(line.values[name])]
+            row = {"dataset": dataset, "group": line.group, "line": pages.plain(line.title),
+                   "part": name, "mean": float(values.mean()) if len(values) else "",
+                   "sd": float(values.std(ddof=1)) if len(values) > 1 else "", "n": len(values)}
+            empty = dict.fromkeys(("reference", "difference", "ci_low", "ci_high", "pairs",
+                                   "p_holm", "verdict"), "")
+            mine = [test for test in tests if (test.line.title, test.part) == (line.title, name)]
+            for test in mine:
+                known = math.isfinite(test.change.low)
+                rows.append(row | {
+                    "reference": test.reference, "difference": test.change.mean,
+                    "ci_low": test.change.low if known else "",
+                    "ci_high": test.change.high if known else "", "pairs": test.change.n,
+                    "p_holm": test.p_holm, "verdict": test.verdict})
+            if not mine:
+                rows.append(row | empty)
+    return rows
+
+
+# ---- trainings.md -------------------------------------------------------------------------------
+
+
+def spread(values, expected):
+    """Mean ± standard deviation (n - 1) in %, with n where it is not the expected one."""
+    values = 100 * values[np.isfinite(values)]
+    if not len(values):
+        return "-"
+    text = f"{values.mean():.1f}"
+    if len(values) > 1:
+        text += f" ± {values.std(ddof=1):.1f}"
+    return text if len(values) == expected else f"{text} (n = {len(values)})"
+
+
+def claims_of_method(studies, lines, tests):
+    """The Claims that several trainings allow."""
+    titles = studies[0].titles
+    for study in studies:
+        titles = study.titles | titles
+    found = []
+    by_title = {line.title: line.values for line in lines}
+    costs = []
+    for claim, more, less in (
+            (f"{titles.get('part1')} is more accurate on its training images than on test images",
+             TRAIN, TEST),
+            (f"Perturbations cost {titles.get('part1')} accuracy", TEST, ALL_PERTURBED)):
+        if "part1" in titles and more in by_title and less in by_title:
+            values = by_title[more]["part1"], by_title[less]["part1"]
+            both = np.isfinite(values[0]) & np.isfinite(values[1])
+            if both.any():
+                costs.append((claim, metrics.paired_difference(values[0][both], values[1][both])))
+    corrected = metrics.holm([change.p_value for _, change in costs])
+    for (claim, change), p_holm in zip(costs, corrected, strict=True):
+        found.append(method_claim(claim, change, p_holm))
+    for test in tests:
+        where = claims.CLAIMED.get(test.line.title)
+        if test.line.title.startswith(MAIN_ATTACK):
+            where = f"under {test.line.title}"
+        if where:
+            claim = f"{titles[test.part]} is more accurate than {titles[test.reference]} {where}"
+            found.append(method_claim(claim, test.change, test.p_holm))
+    return found + claims.attack_claims(studies, "") + claims.audit_claim(studies)
+
+
+def method_claim(claim, change, p_holm):
+    outcome = claims.OUTCOMES.get(comparison.verdict(p_holm, change.mean),
+                                  f"not resolved with {trainings(change.n)}")
+    evidence = f"{claims.between(change)}, n = {trainings(change.n)}"
+    return claims.Claim(claim, f"{evidence}, p {claims.probability(p_holm)}", outcome,
+                        "trainings.csv")
+
+
+def pair_table(tests):
+    """The differences of one part to its reference as a Markdown table."""
+    body = []
+    for test in tests:
+        change = test.change
+        interval = "-"
+        if math.isfinite(change.low):
+            interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
+        body.append((test.line.markdown, f"{100 * change.mean:+.1f}", interval, change.n,
+                     claims.probability(test.p_holm).removeprefix("= "), test.verdict))
+    return markdown_table(("difference, points", "mean", "95 % interval", "n", "p (Holm)",
+                           "verdict"), body)
+
+
+def training_text(studies, tables, lines, counts, tests):
+    """The text of trainings.md."""
+    titles = {}
+    for study in studies:
+        titles = study.titles | titles
+    header = [f"{titles[name]}, n = {n}" for name, n in counts.items()]
+    text = [f"# {trainings(len(studies))} on {pages.escape(studies[0].dataset)}",
+            claims.claims_table(claims_of_method(studies, lines, tests)),
+            "Differences are paired: of the same seed and split. Intervals and p-values are "
+            "Student's over trainings (n - 1 degrees of freedom); p is Holm-corrected over each "
+            "table of one part against one reference, perturbations and attacks counted apart. "
+            f"\"Better\" and \"worse\" are said of a method only where p < {ALPHA}; the rest is "
+            "not resolved with so few trainings, which shows neither a difference nor none."]
+    for group, title in GROUPS.items():
+        body = []
+        for line in lines:
+            if line.group == group:
+                cells = [spread(line.values[name], n) for name, n in counts.items()]
+                body.append((line.markdown, *cells))
+        if body:
+            text += [f"## {title}, mean ± standard deviation",
+                     markdown_table(("accuracy, %", *header), body)]
+        if body and group == "perturbed":
+            whole = comparison.measured(studies[0])
+            text.append(comparison.explanation(studies[0], tables[0], whole))
+    for part, reference in comparison.pairs(counts):
+        mine = [test for test in tests if (test.part, test.reference) == (part, reference)]
+        if mine:
+            text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine)]
+    items = []
+    left_out = []
+    for study in studies:
+        seed = next(iter(study.parts.values())).seed
+        items.append(f"- {code(study.folder.as_posix())}: seed {seed}, split {study.split_hash}; "
+                     f"{', '.join(study.parts)}")
+        left_out += [f"{study.folder.as_posix()}: {sentence}" for sentence in study.left_out]
+    text += ["## What ran", "\n".join(items), "Each directory's summary.md has the commands.",
+             "## Left out", bullets(left_out)]
+    return "\n\n".join(text) + "\n"
