@@ -1,19 +1,26 @@
-# make demo | run | test | lint | clean. Everything installs itself into .venv.
+# make demo | run | study | reference | test | test-all | lint | clean. Everything installs itself
+# into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# what `make run` trains on and how, for example: make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
+# what `make run` and `make study` train on and how, for example:
+#   make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
 ARGS ?=
 RESULTS ?= results
-DEMO := --dataset digits --results-dir results/demo --epochs 10 --batch-size 32 --lr 0.02 --umap-points 300
+DEMO := --dataset digits --results-dir results/demo --epochs 8 --batch-size 32 --lr 0.02 \
+	--umap-points 100
+DEMO_TEST := part2_robustness.py --results-dir results/demo --umap-points 100 \
+	--attack-images 100 --audit-images 20 --checkpoint
 
-.PHONY: demo run test lint clean
+.PHONY: demo run study reference test test-all lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python part1_baseline.py $(DEMO)
-	$(BIN)/python part2_robustness.py --checkpoint results/demo/part1.pt --results-dir results/demo --umap-points 300
-	$(BIN)/python part3_augmented.py $(DEMO)
-	$(BIN)/python part4_angular.py $(DEMO) --epochs 20
+	$(BIN)/python $(DEMO_TEST) results/demo/part1.pt
+	$(BIN)/python part3_augmented.py $(DEMO) --no-part2
+	$(BIN)/python $(DEMO_TEST) results/demo/part3.pt
+	$(BIN)/python part4_angular.py $(DEMO) --no-part2
+	$(BIN)/python $(DEMO_TEST) results/demo/part4.pt
 
 run: $(VENV)/installed
 	$(BIN)/python part1_baseline.py --results-dir $(RESULTS) $(ARGS)
@@ -22,8 +29,75 @@ run: $(VENV)/installed
 	$(BIN)/python part4_angular.py --results-dir $(RESULTS) $(ARGS)
 	$(BIN)/python part4_angular.py --augment --results-dir $(RESULTS) $(ARGS)
 
+# ---- the study: every seed has a split and a directory of its own ------------------------------
+# make -j2 study         two trainings at once; stopped in any way, the same command goes on
+# make study SEEDS=2     one seed, such as one job of a cluster
+SEEDS ?= 1 2 3
+THREADS ?= 1# of each training; sums in another order are other results, so resume with the same
+STUDY := $(RESULTS)/study
+REFERENCE ?= results/reference
+STUDIED := part1 part3 part3_crop_flip part4 part4_augmented part4_proxies
+TESTS ?= --severities 1 2 3 4 5
+SEED_DIRS := $(SEEDS:%=$(STUDY)/seed%)
+
+study: $(foreach part,$(STUDIED),$(SEED_DIRS:%=%/$(part).done))
+	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEED_DIRS))
+
+$(STUDY)/seed%/part1.done: | $(VENV)/installed
+	$(call train,part1_baseline.py)
+	$(test_it)
+
+# the others try part 1's adversarial images as well, so part 1 comes first
+$(STUDY)/seed%/part3.done: $(STUDY)/seed%/part1.done
+	$(call train,part3_augmented.py --no-part2)
+	$(test_it)
+
+$(STUDY)/seed%/part3_crop_flip.done: $(STUDY)/seed%/part1.done
+	$(call train,part3_augmented.py --families none --no-part2)
+	$(test_it)
+
+$(STUDY)/seed%/part4.done: $(STUDY)/seed%/part1.done
+	$(call train,part4_angular.py --no-part2)
+	$(test_it)
+
+$(STUDY)/seed%/part4_augmented.done: $(STUDY)/seed%/part1.done
+	$(call train,part4_angular.py --augment --no-part2)
+	$(test_it)
+
+$(STUDY)/seed%/part4_proxies.done: $(STUDY)/seed%/part1.done
+	$(call train,part4_angular.py --proxies --no-part2)
+	$(test_it)
+
+train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resume $(ARGS))
+
+define test_it
+$(call logged,part2_robustness.py --checkpoint $(@:.done=.pt) --results-dir $(@D) --resume \
+	$(TESTS) $(filter --no-umap,$(ARGS)))
+@touch $@
+endef
+
+define logged
+@mkdir -p $(@D)
+@echo "seed $*: $(1) (progress: $(@:.done=.log))"
+@OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(1) >> $(@:.done=.log) 2>&1 || { tail -n 5 $(@:.done=.log); exit 1; }
+endef
+
+# What is committed: tables, records, figures; no weights and no images of the data set. Each
+# summary is made anew there, so that it shows nothing else.
+KEPT := -name '*.csv' -o -name '*.json' -o -name '*_correct.npz' -o -name '*.png'
+
+reference: study
+	mkdir -p $(REFERENCE)
+	cd $(STUDY) && find $(SEEDS:%=seed%) \( $(KEPT) \) ! -name '.*' ! -name '*_examples.png' \
+		! -name '*_adversarial.png' | tar cf - -T - | tar xf - -C $(abspath $(REFERENCE))
+	for s in $(SEEDS); do $(BIN)/python -c "import summary; summary.compare('$(REFERENCE)/seed$$s')"; done
+	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEEDS:%=$(REFERENCE)/seed%))
+
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-all: $(VENV)/installed-dev  # heavy counts in full
+	FULL=1 $(MAKE) test
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

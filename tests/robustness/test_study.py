@@ -1,0 +1,83 @@
+"""`make study`: what it runs, in which order, and that parts which end together take turns."""
+
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import checkpoints
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+FAKE = """#!/bin/sh
+# stands for python: notes its command and writes what a part would
+echo "$@" >> commands.txt
+case "$*" in *fails*) exit 3;; esac
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Runs `make study` in a directory of its own, with a python that only takes notes."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "v").mkdir()
+    for name in ("requirements.txt", "constraints.txt", "v/installed"):  # the last is the newest
+        (tmp_path / name).touch()
+    python = tmp_path / "bin/python"
+    python.write_text(FAKE, encoding="utf-8")
+    python.chmod(0o755)
+
+    def run(*words):
+        (tmp_path / "commands.txt").write_text("", encoding="utf-8")
+        subprocess.run(["make", "study", "VENV=v", f"BIN={tmp_path}/bin", *words], cwd=tmp_path,
+                       capture_output=True, check=False)
+        return (tmp_path / "commands.txt").read_text(encoding="utf-8").splitlines()
+
+    return run
+
+
+def test_every_seed_gets_six_trainings_on_its_own_split_each_tested_part_1_first(study):
+    commands = study("SEEDS=1 2", "ARGS=--epochs 5")
+    for seed in "12":
+        trained = [c for c in commands if f"--seed {seed} --split-seed {seed} --resume" in c]
+        assert len(trained) == 6 and all(c.endswith("--epochs 5") for c in trained)
+        assert trained[0].startswith("part1_baseline.py")
+        tested = [c for c in commands if c.startswith("part2") and f"seed{seed}/" in c]
+        assert len(tested) == 6 and all("--severities 1 2 3 4 5" in c for c in tested)
+        assert f"seed{seed}/part1.pt" in tested[0]
+        assert commands.index(trained[0]) < commands.index(tested[0]) < commands.index(trained[1])
+    assert commands[-1] == "summary.py results/study/seed1 results/study/seed2"
+
+
+def test_what_is_finished_is_not_run_again_what_failed_is(study):
+    def scripts(*words):
+        return [command.split()[0] for command in study("SEEDS=1", *words)]
+
+    part1, part2, part3 = "part1_baseline.py", "part2_robustness.py", "part3_augmented.py"
+    assert scripts("STUDIED=part1 part3") == [part1, part2, part3, part2]
+    assert scripts("STUDIED=part1 part4", "ARGS=fails") == ["part4_angular.py"]
+    assert scripts("STUDIED=part1 part3 part4") == ["part4_angular.py", part2]
+
+
+def test_comparisons_of_one_directory_take_turns(tmp_path):
+    inside = []
+    most = []
+
+    @checkpoints.one_at_a_time
+    def compare(folder):
+        inside.append(folder)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+
+    threads = [threading.Thread(target=compare, args=(tmp_path,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
