@@ -1,11 +1,13 @@
-"""Time and memory of our Angular loss against pytorch-metric-learning's, forward and backward, in one run.
+"""Time and memory of our Angular loss against pytorch-metric-learning's, forward and backward.
 
     python benchmarks/angular.py
 
-Prints a Markdown table. Memory is the peak of the process above what it held before, measured in a process of its own.
+Prints a Markdown table. Memory is the peak of a process of its own above what it held before.
+Without pytorch-metric-learning its columns are empty.
 """
 
 import argparse
+import importlib.util
 import multiprocessing
 import resource
 import statistics
@@ -20,13 +22,14 @@ TRIPLET_LIMIT = 2e8  # pytorch-metric-learning lays every triplet out; from here
 
 
 def measure(library, batch, repeats, queue):
-    """Puts the median seconds of a forward and backward pass, and the peak memory above the embeddings in MB."""
-    import torch
-
+    """Puts the median seconds of a forward and backward pass, and the peak memory in MB."""
     from part4_angular import angular_loss
 
+    import torch
+
     torch.manual_seed(0)
-    embeddings = torch.nn.functional.normalize(torch.randn(batch, DIM), dim=1).requires_grad_(True)
+    embeddings = torch.nn.functional.normalize(torch.randn(batch, DIM), dim=1)
+    embeddings.requires_grad_(True)
     labels = torch.arange(batch) % CLASSES
     loss = angular_loss
     if library:
@@ -41,7 +44,8 @@ def measure(library, batch, repeats, queue):
         start = time.perf_counter()
         loss(embeddings, labels, ALPHA_DEG).backward()
         seconds.append(time.perf_counter() - start)
-    queue.put((statistics.median(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queue.put((statistics.median(seconds), (peak - before) / 1024))
 
 
 def in_a_process_of_its_own(*arguments):
@@ -54,14 +58,25 @@ def in_a_process_of_its_own(*arguments):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    installed = importlib.util.find_spec("pytorch_metric_learning") is not None
     print("| batch | ours, ms | ours, MB | pytorch-metric-learning, ms | MB | ratio of time |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-    for batch in BATCHES:
-        seconds, memory = in_a_process_of_its_own(False, batch, 5)
+    for batch in args.batches:
+        seconds, memory = in_a_process_of_its_own(False, batch, args.repeats)
         each = batch // CLASSES
-        theirs = "does not fit | - | -"
-        if batch * each * (batch - each) < TRIPLET_LIMIT and (result := in_a_process_of_its_own(True, batch, 5)):
+        triplets = batch * each * (batch - each)
+        result = None
+        theirs = "not installed | - | -"
+        if installed:
+            theirs = "does not fit | - | -"
+            if triplets < TRIPLET_LIMIT:
+                result = in_a_process_of_its_own(True, batch, args.repeats)
+        if result:
             theirs = f"{1000 * result[0]:.0f} | {result[1]:.0f} | {result[0] / seconds:.0f}"
         print(f"| {batch} | {1000 * seconds:.1f} | {memory:.0f} | {theirs} |", flush=True)
 

@@ -1,12 +1,13 @@
-"""Images per second of the usual training loop, of ours, and of the bare model step, side by side in one run.
+"""Images per second of the usual training loop, of ours, and of the bare model step, side by side.
 
     python benchmarks/throughput.py
 
-(a) usual: float32, NCHW, a DataLoader with two workers and PIL transforms, as most public CIFAR scripts have it.
+(a) usual: float32, NCHW, a DataLoader with two workers and PIL transforms, as most public scripts.
 (b) ours:  the pipelines of part 1 and part 3.
 (c) bare:  the same model step on one fixed batch, without any data pipeline: the ceiling of (b).
 In batches of 128, as the usual scripts train, and of 64, as ours do.
-The three take turns; a figure is the median over the rounds. Random images serve: speed does not depend on them.
+The three take turns; a figure is the median over the rounds. Random images serve: speed does not
+depend on them.
 Prints the table and writes it to benchmarks/results/<machine>.md.
 """
 
@@ -25,9 +26,12 @@ FLOP = 3.34e9  # of a training step, an image: ResNet18 with a 3×3 stem, forwar
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of every contestant")
-    parser.add_argument("--images", type=int, default=None, help="images a turn (1,024; 20,480 on CUDA)")
+    parser.add_argument("--images", type=int, help="images a turn (1,024; 20,480 on CUDA)")
+    parser.add_argument("--umap-points", type=int, default=10_000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
@@ -35,14 +39,15 @@ def parse_args():
 
 def main():
     args = parse_args()
+    import common
+    import report
+    from part3_augmented import augment
+
     import numpy as np
     import torch
     import torch.nn.functional as F
     from PIL import Image
     from torchvision import transforms
-
-    import common
-    from part3_augmented import augment
 
     device = common.pick_device(args.device)
     amp, off = common.Amp("auto", device), common.Amp("off", device)
@@ -53,10 +58,12 @@ def main():
 
     class Pictures(torch.utils.data.Dataset):
         def __init__(self, perturbed):
-            steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()] if perturbed else []
+            steps = []
+            if perturbed:
+                steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()]
             self.arrays = images.permute(0, 2, 3, 1).numpy()
-            self.transform = transforms.Compose([*steps, transforms.ToTensor(),
-                                                 transforms.Normalize(common.MEAN, common.STD)])
+            self.transform = transforms.Compose([
+                *steps, transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)])
 
         def __len__(self):
             return n
@@ -67,11 +74,13 @@ def main():
     def model(fast):
         net = common.Model(10).to(device)
         net = net.to(memory_format=torch.channels_last) if fast else net
-        return net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True,
+                                    weight_decay=5e-4)
+        return net, optimizer
 
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)
-    average = common.Average(fast_net, images, amp, power=3)
+    average = common.WeightAverage(fast_net, power=12)
     on_device, y_device = images.to(device), labels.to(device)
     step_number = itertools.count()
 
@@ -79,7 +88,7 @@ def main():
         loader = torch.utils.data.DataLoader(Pictures(perturbed), size, shuffle=training,
                                              num_workers=2, drop_last=training)
         slow_net.train(training)
-        torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which the usual loop leaves as it is
+        torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which the usual loop leaves
         for x, y in loader:
             x, y = x.to(device), y.to(device)
             if training:
@@ -100,7 +109,7 @@ def main():
 
     def ours(training, perturbed):
         if not training:
-            return common.predict(fast_net, on_device, amp, size)
+            return common.predict(fast_net, on_device, amp, batch_size=size)
         fast_net.train()
         for x, y in common.batches(on_device, y_device, size, generator):
             x = common.to_float(x)
@@ -127,8 +136,10 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    work = [("training, part 1", True, False), ("training, part 3", True, True), ("inference", False, False)]
-    lines = ["| | batch | usual (a) | ours (b) | bare step (c) | b / a | b / c |", f"| --- |{' ---: |' * 6}"]
+    work = [("training, part 1", True, False), ("training, part 3", True, True),
+            ("inference", False, False)]
+    lines = ["| | batch | usual (a) | ours (b) | bare step (c) | b / a | b / c |",
+             f"| --- |{' ---: |' * 6}"]
     trained = 0
     for size in args.batch_sizes:
         for title, *what in work:
@@ -137,50 +148,65 @@ def main():
                 contestant(*what)
             times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
             a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
-            lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} |")
+            lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | "
+                         f"{b / c:.2f} |")
             trained = max(trained, b) if what[0] else trained
-    rate = n / statistics.median(seconds(common.predict, fast_net, on_device, amp) for _ in range(args.rounds))
+
+    def median(work, *arguments):
+        return statistics.median(seconds(work, *arguments) for _ in range(args.rounds))
+
+    rate = n / median(common.predict, fast_net, on_device, amp)
     lines += ["", "| test-time work | images/s | against inference |", "| --- | ---: | ---: |"]
     block, speeds = on_device[:500], {}  # what `perturb` makes at a time
     for name in common.PERTURBATIONS:
         common.perturb(block, name, 3)
-        speeds[name] = len(block) / statistics.median(seconds(common.perturb, block, name, 3)
-                                                      for _ in range(args.rounds))
-        lines.append(f"| {name.replace('_', ' ')} | {speeds[name]:.0f} | {rate / speeds[name]:.1%} of its time |")
-    lines.append(f"| all of them | | {statistics.mean(rate / s for s in speeds.values()):.1%} of its time |")
+        speeds[name] = len(block) / median(common.perturb, block, name, 3)
+        lines.append(f"| {name.replace('_', ' ')} | {speeds[name]:.0f} | {rate / speeds[name]:.1%} "
+                     "of its time |")
+    mean = statistics.mean(rate / speed for speed in speeds.values())
+    lines.append(f"| all of them | | {mean:.1%} of its time |")
     few, y = common.to_float(on_device[:128]), y_device[:128]
     common.fgsm_direction(fast_net, few, y)  # imports cleverhans
-    exact = len(few) / statistics.median(seconds(common.predict, fast_net, few, off) for _ in range(args.rounds))
-    fgsm = len(few) / statistics.median(seconds(common.fgsm_direction, fast_net, few, y)
-                                               for _ in range(args.rounds))
-    lines += [f"| inference, float32 | {exact:.0f} | |", f"| FGSM direction, float32 | {fgsm:.0f} | |"]
-    features = torch.randn(10_000, 512, device=device) + 3 * torch.randn(10, 512, device=device).repeat(1000, 1)
+    exact = len(few) / median(common.predict, fast_net, few, off)
+    fgsm = len(few) / median(common.fgsm_direction, fast_net, few, y)
+    lines += [f"| inference, float32 | {exact:.0f} | |",
+              f"| FGSM direction, float32 | {fgsm:.0f} | |"]
+    points = args.umap_points
+    features = torch.randn(points, 512, device=device)
+    features += 3 * torch.randn(10, 512, device=device).repeat(points // 10, 1)
     cold, warm = (seconds(common.umap_coordinates, features, 0) for _ in range(2))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    gpu = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
+    gpu = ""
+    name = f"{torch.get_num_threads()} cores, {processor()}"
+    if device.type == "cuda":
+        gpu = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+        name = torch.cuda.get_device_name()
     side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=amp.dtype or torch.float32) for _ in range(2))
+    a = torch.randn(side, side, device=device, dtype=amp.dtype or torch.float32)
+    b = torch.randn_like(a)
     peak = 2 * side**3 / min(seconds(torch.matmul, a, b) for _ in range(5))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores, {processor()}"
     text = "\n".join([
         f"# {name}", "",
         f"torch {torch.__version__}, numpy {np.__version__}, mixed precision {amp.name}, "
         f"medians of {args.rounds} rounds of {n:,} images.", "", *lines, "",
-        f"UMAP of 10,000 × 512: {cold:.1f} s cold, {warm:.1f} s warm. Peak memory {memory:.1f} GiB{gpu}. "
-        f"Training at up to {trained:.0f} images/s is {trained * FLOP / 1e12:.2f} TFLOP/s, {trained * FLOP / peak:.0%} "
-        f"of the {peak / 1e12:.2f} TFLOP/s that a matrix product of {side} reaches in the same precision.", ""])
+        f"UMAP of {points:,} × 512: {cold:.1f} s cold, {warm:.1f} s warm. Peak memory "
+        f"{memory:.1f} GiB{gpu}. Training at up to {trained:.0f} images/s is "
+        f"{trained * FLOP / 1e12:.2f} TFLOP/s, {trained * FLOP / peak:.0%} of the "
+        f"{peak / 1e12:.2f} TFLOP/s that a matrix product of {side} reaches in the same precision.",
+        ""])
     print(text)
-    path = Path(__file__).parent / "results" / f"{name.replace(',', '').replace(' ', '-').lower()}.md"
-    with common.atomic(path) as temporary:
-        temporary.write_text(text)
+    path = args.output / f"{name.replace(',', '').replace(' ', '-').lower()}.md"
+    report.write_text(path, text)
     print(f"Written to {path}")
 
 
 def processor():
     """The processor's name and family, as Linux tells them."""
+    facts = {}
     try:
-        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            facts[key.strip()] = value.strip()
         return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
     except (OSError, KeyError):
         return platform.machine()

@@ -1,0 +1,181 @@
+"""Accuracy over training images and over minutes: part 3's training against the usual one.
+
+    python benchmarks/time_to_accuracy.py --epochs 30 --dataset cifar10
+
+usual: as most public CIFAR scripts train (kuangliu/pytorch-cifar): batches of 128, learning rate
+       0.1 with a cosine schedule, weight decay 5e-4, float32, NCHW, a DataLoader with two workers,
+       random crop and flip.
+ours:  part 3's recipe, with its perturbations, mixed precision and averaged weights.
+
+Both train on the same images, in turn, an epoch each, so that other load meets both. After every
+epoch both are tested on the whole evaluation split. Neither that is counted nor, of ours, the
+forward pass that estimates the averaged network's BatchNorm statistics: one training needs it once.
+Writes time_to_accuracy.csv, .md and .png to --output. No figures of CIFAR-10 are published yet: it
+has only been tried on the digits.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import part3_augmented
+import plots
+import report
+
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+
+COLORS = {"usual": "#D55E00", "ours": "#0072B2"}
+
+
+def parse_args():
+    """Where to write, and part 3's arguments: --epochs, --dataset, --data-dir, --device ..."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results",
+                        help="directory of the results; all other arguments are part 3's")
+    args, others = parser.parse_known_args()
+    return args.output, part3_augmented.parse_args(others)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The training images, each transformed by itself on the CPU, as the usual scripts do."""
+
+    def __init__(self, split):
+        size = split.train_images.shape[-1]
+        self.images = split.train_images.cpu()
+        self.labels = split.train_labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.ToPILImage(), transforms.RandomCrop(size, padding=size // 8),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def train_usual(split, classes, recipe, device):
+    """Yields the network after every epoch."""
+    torch.manual_seed(recipe.seed)
+    model = common.Model(classes).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+    loader = torch.utils.data.DataLoader(Pictures(split), 128, shuffle=True, num_workers=2)
+    for _ in range(recipe.epochs):
+        model.train()
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()  # as the usual progress bar does
+        scheduler.step()
+        yield model
+
+
+def train_ours(split, classes, recipe, device):
+    """Yields the weight average after every epoch of part 3's loop."""
+    generator = common.seed_everything(recipe.seed, device)
+    amp = common.Amp(recipe.amp, device)
+    model = common.Model(classes).to(device, memory_format=torch.channels_last)
+    steps = common.steps_per_epoch(len(split.train_images), recipe.batch_size)
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, nesterov=True,
+                                weight_decay=recipe.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, recipe.epochs * steps, pct_start=0.21, div_factor=10,
+        final_div_factor=100, cycle_momentum=False)
+    average = common.WeightAverage(model, power=12)
+    for _ in range(recipe.epochs):
+        model.train()
+        for images, labels in common.batches(split.train_images, split.train_labels,
+                                             recipe.batch_size, generator):
+            images = common.to_float(images)
+            images = part3_augmented.augment(images, generator, scheduler.last_epoch)
+            with amp.autocast():
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            amp.step(loss, optimizer)
+            scheduler.step()
+            average.update(model)
+        yield average
+
+
+def measure(split, classes, recipe, device):
+    """A row for every epoch of both trainings."""
+    amp = common.Amp(recipe.amp, device)
+    trainings = {"usual": train_usual(split, classes, recipe, device),
+                 "ours": train_ours(split, classes, recipe, device)}
+    minutes = dict.fromkeys(trainings, 0.0)
+    rows = []
+    for epoch in range(1, recipe.epochs + 1):
+        for name, training in trainings.items():
+            start = time.perf_counter()
+            model = next(training)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            minutes[name] += (time.perf_counter() - start) / 60
+            if isinstance(model, common.WeightAverage):
+                model = model.for_evaluation(split.train_images, amp)
+            accuracy = common.validation_accuracy(model, split, amp)
+            rows.append({"training": name, "epoch": epoch,
+                         "images": epoch * len(split.train_images),
+                         "minutes": minutes[name], "accuracy": accuracy})
+            print(f"{name:5}  epoch {epoch:3d}  {minutes[name]:7.2f} min  {accuracy:.3f}")
+    return rows
+
+
+def markdown(rows, caption):
+    """The table, and when ours is as accurate as the usual training is at its end."""
+    lines = ["# Time to accuracy", "", caption, "",
+             "| training | epoch | images | minutes | accuracy % |",
+             "| --- | ---: | ---: | ---: | ---: |"]
+    lines += [f"| {row['training']} | {row['epoch']} | {row['images']:,} | {row['minutes']:.2f} | "
+              f"{100 * row['accuracy']:.1f} |" for row in rows]
+    last = [row for row in rows if row["training"] == "usual"][-1]
+    text = f"The usual training ends at {last['accuracy']:.1%}; ours does not reach it."
+    for row in rows:
+        if row["training"] == "ours" and row["accuracy"] >= last["accuracy"]:
+            text = (f"The usual training ends at {last['accuracy']:.1%}; ours is there in "
+                    f"{row['minutes'] / last['minutes']:.0%} of its time.")
+            break
+    return "\n".join([*lines, "", text, ""])
+
+
+def draw(path, rows, caption):
+    figure = plots.new_figure(2.8)
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("images", "minutes"), strict=True):
+        for name, color in COLORS.items():
+            mine = [row for row in rows if row["training"] == name]
+            axes.plot([row[key] for row in mine], [100 * row["accuracy"] for row in mine],
+                      color=color, marker="o", markersize=3, label=name)
+        axes.set(xlabel="training images" if key == "images" else "minutes of training")
+    axes.legend()
+    figure.axes[0].set_ylabel("evaluation accuracy (%)")
+    plots.save(figure, path, caption)
+
+
+def main():
+    output, recipe = parse_args()
+    device = common.pick_device(recipe.device)
+    data = common.load_data(recipe.dataset, recipe.data_dir, device)
+    split = common.split_data(data, recipe.train_fraction, recipe.split_seed)
+    rows = measure(split, len(data.classes), recipe, device)
+    caption = (f"{data.name}: {len(split.train_labels):,} training images, "
+               f"{len(split.eval_labels):,} for evaluation. {report.device_name(device)}, "
+               f"{torch.get_num_threads()} threads, mixed precision of ours: "
+               f"{common.Amp(recipe.amp, device).name}, torch {torch.__version__}. One training.")
+    report.write_rows(output / "time_to_accuracy.csv", rows)
+    report.write_text(output / "time_to_accuracy.md", markdown(rows, caption))
+    draw(output / "time_to_accuracy.png", rows, caption)
+    print(markdown(rows, caption))
+
+
+if __name__ == "__main__":
+    main()
