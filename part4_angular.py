@@ -7,6 +7,9 @@ class whose mean training embedding has the highest cosine to the image's.
     python part4_angular.py       (on part 3's training images: --augment; with learned proxies of
                                    the classes: --proxies; another loss: --loss arcface)
 
+30 epochs, as long as part 1. Accuracy with this recipe is not measured yet; with an earlier one (12
+epochs) 73.0 % of 10,000 test images, in one training, and 74.8 ± 0.3 % with --proxies, in three.
+
 The paper draws N-pair batches: one pair of images of each of N classes, and as negatives one image
 of every other class. Here batches are class-balanced (of 10 classes six images each, so 60 where
 part 1 has 64, and more steps an epoch), every pair within a class is a positive pair, and all
