@@ -7,7 +7,7 @@ features an image: the network has seen none of these images.
     python part1_baseline.py
 
 30 epochs: 300,000 images, 29 minutes on 2 cores with bf16. With this recipe accuracy is not known
-yet, with an earlier one (12 epochs) 75.1 ± 0.4 % of 10,000 test images, in three trainings.
+yet; with an earlier one (12 epochs) 75.1 ± 0.4 % of 10,000 test images, in three trainings.
 
 Writes results/part1.pt, .csv, .json, _history.csv, _correct.npz, and the figures _history.png,
 _confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all parts that are there,

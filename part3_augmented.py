@@ -7,7 +7,7 @@ carry over to them?
     python part3_augmented.py                     (crop and flip alone: --families none)
 
 30 epochs: 300,000 images, 29 minutes on 2 cores with bf16. With this recipe accuracy is not known
-yet, with an earlier one (30 epochs) 83.5 ± 0.1 % of 10,000 test images, in three trainings.
+yet; with an earlier one (30 epochs) 83.5 ± 0.1 % of 10,000 test images, in three trainings.
 
 Writes what parts 1 and 2 write, as results/part3* and results/part3_robustness*
 (part3_crop_flip* with --families none).
