@@ -10,7 +10,7 @@ RESULTS ?= results
 DEMO := --dataset digits --results-dir results/demo --epochs 8 --batch-size 32 --lr 0.02 \
 	--umap-points 100
 DEMO_TEST := part2_robustness.py --results-dir results/demo --umap-points 100 \
-	--attack-images 100 --audit-images 20 --checkpoint
+	--attack-images 100 --audit-images 20 --eps-255 0 32 64 128 --checkpoint
 
 .PHONY: demo run study reference test test-all lint clean
 
