@@ -115,7 +115,7 @@ def perturbation_names(names):
 def take_from_checkpoint(args, meta):
     """Takes what the command line leaves open from the checkpoint: data, split, seed, precision."""
     for name in arguments.FROM_CHECKPOINT:
-        if name not in args:
+        if name not in args:  # not given on the command line
             setattr(args, name, meta["args"][name])
     if args.amp == "auto":
         args.amp = meta["amp"]  # what it was trained with, not what is fastest here and now
@@ -195,7 +195,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
     began = time.perf_counter()
     conditions = list_conditions(names, args.severities)
     for i, (name, severity) in enumerate(report.progress(conditions, "perturbations")):
-        perturbed = common.perturb(images, name, severity or 1)  # the same pixels for every model
+        perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
         strongest = severity in ("", max(args.severities))
         if (name, severity) not in finished:
             logits, features, _ = common.predict(model, perturbed, amp)
@@ -230,7 +230,7 @@ def list_conditions(names, severities):
 
 
 def record(tested, run, condition, severity, predicted, labels, calibration_error):
-    """Adds one condition's accuracy, calibration error, and which images are right."""
+    """Adds one condition: accuracy and calibration error of the model's own head, images right."""
     tested.rows.append(report.accuracy_row(run, "test", condition, severity, "own", predicted,
                                            labels))
     tested.rows.append(report.row(run, "test", condition, severity, "own", "calibration_error",
@@ -326,15 +326,17 @@ def p_norm(norm):
 def make_directions(args, names, model, images, labels, clean, part1):
     """{attack: step of eps 1}; none depends on eps, so each serves the whole sweep."""
     norm = p_norm(args.norm)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same noise on every device
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
     if args.norm == "inf":
         noise = noise.sign()
     else:
         noise = noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    unit = common.UnitLogits(model)
+    unit = common.UnitLogits(model)  # in which a saturated softmax cannot hide the gradient
     directions = {
         names.fgsm: common.fgsm_direction(model, images, labels, norm),  # the reported attack
         f"{names.fgsm}_unit": common.fgsm_direction(unit, images, labels, norm),
+        # labels that leak nothing about the true one (Kurakin et al. 2017)
         f"{names.fgsm}_predicted": common.fgsm_direction(model, images, clean.argmax(1), norm),
         names.random: noise}
     if args.targeted:

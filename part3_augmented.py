@@ -87,7 +87,7 @@ def members(family):
 
 
 def part_name(args):
-    """What this run's files are called."""
+    """Which part this run is, in tables and in the names of its files."""
     return "part3" if args.families else "part3_crop_flip"
 
 
@@ -125,7 +125,8 @@ def main(argv=None):
         meter = report.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
-            images = augment(images, generator, scheduler.last_epoch, args.families)
+            step = scheduler.last_epoch  # of all epochs: torch's name for the steps done
+            images = augment(images, generator, step, args.families)
             with amp.autocast():
                 logits = model(images)  # (B, classes)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)

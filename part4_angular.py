@@ -102,7 +102,7 @@ def fit_head(model, split, amp):
     Both by the training images of `split`.
     """
     features = common.predict(model, split.train_images, amp).features
-    model.head.fit(model.backbone.fc(features), split.train_labels)
+    model.head.fit(model.backbone.fc(features), split.train_labels)  # fc: as model.outputs
 
 
 @checkpoints.releases_locks  # that report.start takes: one writer for a part's files
@@ -144,7 +144,7 @@ def main(argv=None):
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             if args.augment:
-                images = augment(images, generator, scheduler.last_epoch)
+                images = augment(images, generator, step=scheduler.last_epoch)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings, labels)  # in float32, for its exponentials
@@ -171,7 +171,7 @@ def main(argv=None):
 
 
 def part_name(args):
-    """What this run's files are called."""
+    """Which part this run is, in tables and in the names of its files."""
     name = "part4"
     if args.proxies:
         name += "_proxies"

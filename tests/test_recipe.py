@@ -28,13 +28,14 @@ def test_every_part_has_part_1s_defaults(part, flags):
 
 
 PART3 = """\
-+images = augment(images, generator, scheduler.last_epoch, args.families)"""
++step = scheduler.last_epoch
++images = augment(images, generator, step, args.families)"""
 PART4 = """\
 -batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
 +batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size,
 +generator)
 +if args.augment:
-+images = augment(images, generator, scheduler.last_epoch)
++images = augment(images, generator, step=scheduler.last_epoch)
 -logits = model(images)
 -loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 +embeddings = model.outputs(images)
