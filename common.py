@@ -334,6 +334,9 @@ class Model(nn.Module):
         self.backbone = resnet18(num_classes=outputs)
         self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.backbone.maxpool = nn.Identity()
+        for block in self.backbone.layer4:
+            block.conv1 = SideBySide(block.conv1)
+            block.conv2 = SideBySide(block.conv2)
         self.head = head or nn.Identity()
 
     def outputs(self, images):
@@ -342,6 +345,40 @@ class Model(nn.Module):
 
     def forward(self, images):
         return self.head(self.outputs(images))
+
+
+class SideBySide(nn.Conv2d):
+    """A 3×3 convolution, for CPUs with AMX: lays small bf16 images side by side, as one wide image.
+
+    The same sums from the same weights.  AMX multiplies 16 pixels of a row at once, of which a map
+    of 4×4 fills four: about 2.7 times as fast, forward and backward (benchmarks/throughput.py).
+    """
+
+    def __init__(self, conv):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                         conv.padding, bias=False, device="meta")  # no random weights
+        self.weight = conv.weight
+
+    def forward(self, images):
+        if has_amx() and images.dtype == torch.bfloat16 and images.shape[3] <= 4 * self.stride[1]:
+            return self.wide(images)
+        return super().forward(images)
+
+    def wide(self, images):
+        """The convolution of images (N,C,H,W), W a multiple of the stride: (N,C',H',W')."""
+        n, _, height, width = images.shape
+        gap = self.stride[1]  # columns of zeros after each image: one of the result, left out below
+        row = F.pad(images, (0, gap)).permute(2, 0, 3, 1)  # (H,N,W+gap,C)
+        row = row.reshape(1, height, n * (width + gap), -1).permute(0, 3, 1, 2)  # (1,C,H,N(W+gap))
+        result = super().forward(row)  # (1,C',H',N(W'+1))
+        apart = result.unflatten(3, (n, -1))[0, :, :, :, :-1]  # (C',H',N,W')
+        return apart.permute(2, 0, 1, 3).contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache
+def has_amx():
+    """Whether the CPU multiplies matrices of bf16 in tiles, as Intel's Xeons do since 2023."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 class ClassMeans(nn.Module):

@@ -46,7 +46,7 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=args.weight_decay)
+                                weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=args.lr, total_steps=args.epochs * steps,
         pct_start=0.2,  # warms up in a fifth of the steps

@@ -123,7 +123,7 @@ def main(argv=None):
     criterion = make_criterion(args, model.head)
     steps = common.balance(split.train_labels, args.batch_size).steps
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True,
-                                weight_decay=args.weight_decay)
+                                weight_decay=args.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=args.lr, total_steps=args.epochs * steps,
         pct_start=0.2,  # warms up in a fifth of the steps

@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -151,6 +152,16 @@ def main():
             lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | "
                          f"{b / c:.2f} |")
             trained = max(trained, b) if what[0] else trained
+
+    fast_net.train()
+    with_amx = []
+    without = []
+    for _ in range(2 * args.rounds):  # in turn; batches of the last size
+        for times, amx in ((with_amx, common.has_amx), (without, lambda: False)):
+            with unittest.mock.patch.object(common, "has_amx", amx):
+                times.append(seconds(bare, True, False))
+    lines += ["", f"Bare step, batches of {size}: {n / statistics.median(with_amx):.0f} images/s; "
+              f"{n / statistics.median(without):.0f} without `common.SideBySide`."]
 
     def median(work, *arguments):
         return statistics.median(seconds(work, *arguments) for _ in range(args.rounds))

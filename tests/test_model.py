@@ -1,6 +1,7 @@
 """The network: its checkpoint, its features, folding for inference, the average of its weights."""
 
 import math
+import unittest.mock
 
 import common
 
@@ -46,6 +47,46 @@ def test_features_are_what_the_last_layer_sees(small_model, photos):
     with torch.no_grad():
         assert torch.allclose(small_model(photos / 255), logits, atol=1e-4)
     assert not small_model.backbone.avgpool._forward_hooks
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("n", "side"), [(1, 4), (3, 2), (5, 8), (2, 6)])
+def test_images_side_by_side_are_the_same_convolution(stride, n, side):
+    plain = nn.Conv2d(7, 5, 3, stride, 1, bias=False).double()
+    side_by_side = common.SideBySide(plain)
+    images = torch.randn(n, 7, side, side, dtype=torch.float64, requires_grad=True)
+    one, other = plain(images), side_by_side.wide(images)
+    assert torch.allclose(one, other, atol=1e-12)
+    change = torch.randn_like(one)
+    for a, b in zip(torch.autograd.grad(one, (images, plain.weight), change),
+                    torch.autograd.grad(other, (images, plain.weight), change), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_side_by_side_in_bf16_is_as_near_to_float32(small_model, photos, monkeypatch, folded):
+    model = common.folded(small_model) if folded else small_model
+    images = photos[:8] / 255
+    errors = []
+    wide = unittest.mock.Mock(side_effect=common.SideBySide.wide, autospec=True)
+    monkeypatch.setattr(common.SideBySide, "wide", lambda *args: wide(*args))
+    with torch.no_grad():
+        exact = model(images)
+        for amx in (False, True):
+            monkeypatch.setattr(common, "has_amx", lambda amx=amx: amx)
+            with common.Amp("bf16", CPU).autocast():
+                errors.append((model(images) - exact).abs().max().item())
+            assert wide.call_count == 4 * amx  # the convolutions of layer4, in bf16 alone
+    assert errors[1] < 1.5 * errors[0] + 1e-3 * exact.abs().max()
+
+
+def test_weights_do_not_depend_on_the_processor(monkeypatch):
+    hashes = set()
+    for amx in (False, True):
+        monkeypatch.setattr(common, "has_amx", lambda amx=amx: amx)
+        common.seed_everything(0, CPU)
+        hashes.add(common.weights_hash(common.Model(10)))
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("classes", [None, 4])
