@@ -501,11 +501,15 @@ class EpochMeter:
 
     def __iter__(self):
         start = time.perf_counter()
+        long = self.epoch == 0 and self.left > 20 * TIMED_STEPS
         for batch in self.bar:
             yield batch
-            if self.steps == FIRST_STEPS and self.epoch == 0 and self.left > 20 * FIRST_STEPS:
-                float(self.loss)  # waits for the device, once a run
-                seconds = (time.perf_counter() - start) / self.steps * self.left
+            if long and self.steps == FIRST_STEPS:
+                float(self.loss)  # waits for the device
+                timed = time.perf_counter()
+            if long and self.steps == FIRST_STEPS + TIMED_STEPS:
+                float(self.loss)
+                seconds = (time.perf_counter() - timed) / TIMED_STEPS * self.left
                 print(f"about {duration(seconds)} for {self.left:,} steps", flush=True)
             if not self.bar.disable and self.steps % 10 == 0:  # waits only where a person watches
                 self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
@@ -535,7 +539,8 @@ class EpochMeter:
                 "eval_accuracy": validation_accuracy, "lr": scheduler.get_last_lr()[0]}
 
 
-FIRST_STEPS = 10  # after which a run can be timed
+FIRST_STEPS = 2  # what is loaded, measured or compiled in them, is so once a run
+TIMED_STEPS = 10  # the next, which tell how long the run will take
 
 
 def progress(items, title, total=None, initial=0):
