@@ -72,7 +72,7 @@ train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resum
 
 define test_it
 $(call logged,part2_robustness.py --checkpoint $(@:.done=.pt) --results-dir $(@D) --resume \
-	$(TESTS) $(filter --no-umap,$(ARGS)))
+	$(TESTS) $(filter --no-umap --compile,$(ARGS)))
 @touch $@
 endef
 

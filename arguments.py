@@ -81,6 +81,8 @@ def add_shared(parser):
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision; auto: bf16 unless a short trial shows it clearly slower, fp16 on "
              "older CUDA, off")
+    add("--compile", action="store_true",
+        help="torch.compile the network: half a minute once, then faster on GPUs and bf16 CPUs")
     add("--umap-points", type=number(int, 50, 100_000), default=1000,
         help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
@@ -102,8 +104,6 @@ def add_recipe(parser):
         help="L2 penalty of SGD, on all weights")
     add("--label-smoothing", type=number(float, 0, 0.9), default=LABEL_SMOOTHING,
         help="probability spread over all classes in the training target (not in the Angular loss)")
-    add("--compile", action="store_true",
-        help="torch.compile the network: a minute once, then steps that may be faster, on a GPU")
 
 
 def add_no_part2(parser):
@@ -154,10 +154,8 @@ def passed_on(args):
     """The arguments that parts 3 and 4 hand on to part 2, as a command line."""
     words = ["--results-dir", args.results_dir, "--batch-size", str(args.batch_size), "--device",
              args.device, "--umap-points", str(args.umap_points)]
-    if args.no_umap:
-        words.append("--no-umap")
-    if args.resume:
-        words.append("--resume")
+    words += [f"--{name.replace('_', '-')}" for name in ("no_umap", "resume", "compile")
+              if getattr(args, name)]
     return words
 
 

@@ -39,6 +39,8 @@ HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
 QUICK_PER_CLASS = 10
 EMBEDDING_DIM = 128  # of part 4's last layer
+# whether the CPU multiplies matrices of bf16 in tiles, as Intel's Xeons do since 2023
+AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 PARTS = ("part1", "part3", "part3_crop_flip", "part4", "part4_augmented", "part4_proxies",
          "part4_proxies_augmented")  # what trains a model, and what its files are called
 META = {"part": str, "args": dict, "dataset": str, "classes": list, "outputs": int, "head": str,
@@ -360,7 +362,7 @@ class SideBySide(nn.Conv2d):
         self.weight = conv.weight
 
     def forward(self, images):
-        if has_amx() and images.dtype == torch.bfloat16 and images.shape[3] <= 4 * self.stride[1]:
+        if AMX and images.dtype == torch.bfloat16 and images.shape[3] <= 4 * self.stride[1]:
             return self.wide(images)
         return super().forward(images)
 
@@ -373,12 +375,6 @@ class SideBySide(nn.Conv2d):
         result = super().forward(row)  # (1,C',H',N(W'+1))
         apart = result.unflatten(3, (n, -1))[0, :, :, :, :-1]  # (C',H',N,W')
         return apart.permute(2, 0, 1, 3).contiguous(memory_format=torch.channels_last)
-
-
-@functools.lru_cache
-def has_amx():
-    """Whether the CPU multiplies matrices of bf16 in tiles, as Intel's Xeons do since 2023."""
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 class ClassMeans(nn.Module):
@@ -450,14 +446,14 @@ class WeightAverage:
         self.steps = state["steps"]
 
 
-def compile_backbone(model, device):
+def compile_backbone(model, device, **options):
     """Compiles the backbone when it is first called. Raises UsageError where that does not work."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that is too new, ...
         raise UsageError(f"--compile: torch.compile does not work here ({first_line(error)}); "
                          "leave it out") from None
-    model.backbone.compile()  # in place: the names in its state_dict stay as they are
+    model.backbone.compile(options=options)  # in place: its state_dict keeps its names
 
 
 # ---- prediction ---------------------------------------------------------------------------------
@@ -484,20 +480,44 @@ def folded(model):
     return model
 
 
+class Inference(nn.Module):
+    """What `predict` makes of a model; made once where many predictions follow.
+
+    forward: float (B,3,H,W) in [0,1] → logits (B,C), features (B,512), the last layer's input.
+    compiled: through torch.compile, its weights as constants. The same up to rounding.
+    """
+
+    def __init__(self, model, compiled=False):
+        super().__init__()
+        self.model = folded(model)
+        self.last = self.model.backbone.fc
+        self.model.backbone.fc = nn.Identity()
+        if compiled:
+            device = next(model.parameters()).device
+            compile_backbone(self.model, device, freezing=True)
+
+    def forward(self, images):
+        features = self.model.outputs(images)
+        return self.model.head(self.last(features)), features
+
+
 @torch.no_grad()
 def predict(model, images, amp, labels=None, batch_size=None):
-    """The Prediction of uint8 or float images (N,3,H,W) in one pass, in eval mode."""
-    batch_size = batch_size or (64 if images.device.type == "cpu" else 1024)  # suits the caches
-    model = folded(model)
+    """The Prediction of uint8 or float images (N,3,H,W) in one pass, in eval mode.
+
+    model: a Model, or the Inference made of it.
+    """
+    batch_size = batch_size or (80 if images.device.type == "cpu" else 1000)  # divide CIFAR-10's
+    inference = model if isinstance(model, Inference) else Inference(model)
     features = []
     logits = []
-    model.backbone.avgpool.register_forward_hook(
-        lambda layer, inputs, output: features.append(output.flatten(1).float()))
     with amp.autocast():  # around the loop: it casts the weights once
         for batch in images.split(batch_size):
             if batch.dtype == torch.uint8:
                 batch = to_float(batch)
-            logits.append(model(batch).float())
+            some_logits, some_features = inference(batch)
+            logits.append(some_logits.float())
+            features.append(some_features.float())
     return Prediction(torch.cat(logits), torch.cat(features), labels)
 
 

@@ -81,9 +81,10 @@ def main(argv=None):
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = report.Clock()
 
-    clean = common.predict(model, data.test_images, amp, data.test_labels)
-    tested = test_perturbations(args, run, model, data, amp, names, clean, attack_idx)
-    test_published(tested, run, model, published, amp)
+    inference = common.Inference(model, args.compile)
+    clean = common.predict(inference, data.test_images, amp, data.test_labels)
+    tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx)
+    test_published(tested, run, inference, published, amp)
     clock.stop("perturbations")
 
     images = common.to_float(data.test_images[attack_idx])

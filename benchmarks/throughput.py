@@ -157,8 +157,8 @@ def main():
     with_amx = []
     without = []
     for _ in range(2 * args.rounds):  # in turn; batches of the last size
-        for times, amx in ((with_amx, common.has_amx), (without, lambda: False)):
-            with unittest.mock.patch.object(common, "has_amx", amx):
+        for times, amx in ((with_amx, common.AMX), (without, False)):
+            with unittest.mock.patch.object(common, "AMX", amx):
                 times.append(seconds(bare, True, False))
     lines += ["", f"Bare step, batches of {size}: {n / statistics.median(with_amx):.0f} images/s; "
               f"{n / statistics.median(without):.0f} without `common.SideBySide`."]

@@ -51,6 +51,7 @@ class Tiny(torch.nn.Module):
     def __init__(self, num_classes):
         super().__init__()
         self.bn1 = torch.nn.BatchNorm2d(64)
+        self.layer4 = torch.nn.Sequential()
         self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
         self.fc = torch.nn.Linear(64, num_classes)
 

@@ -49,6 +49,21 @@ def test_features_are_what_the_last_layer_sees(small_model, photos):
     assert not small_model.backbone.avgpool._forward_hooks
 
 
+@pytest.mark.parametrize("head", [None, common.ClassMeans(10, 10)])
+def test_an_inference_predicts_what_its_model_does(photos, head):
+    model = common.Model(10, head).eval()
+    if head:
+        nn.init.normal_(head.means)
+    amp = common.Amp("off", CPU)
+    once = common.predict(model, photos, amp, batch_size=16)
+    for _ in range(2):  # it is used again and again
+        found = common.predict(common.Inference(model), photos, amp, batch_size=16)
+        assert torch.equal(found.logits, once.logits)
+        assert torch.equal(found.features, once.features)
+    with torch.no_grad():
+        assert torch.allclose(once.logits, model(photos / 255), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("n", "side"), [(1, 4), (3, 2), (5, 8), (2, 6)])
 def test_images_side_by_side_are_the_same_convolution(stride, n, side):
@@ -73,7 +88,7 @@ def test_side_by_side_in_bf16_is_as_near_to_float32(small_model, photos, monkeyp
     with torch.no_grad():
         exact = model(images)
         for amx in (False, True):
-            monkeypatch.setattr(common, "has_amx", lambda amx=amx: amx)
+            monkeypatch.setattr(common, "AMX", amx)
             with common.Amp("bf16", CPU).autocast():
                 errors.append((model(images) - exact).abs().max().item())
             assert wide.call_count == 4 * amx  # the convolutions of layer4, in bf16 alone
@@ -83,7 +98,7 @@ def test_side_by_side_in_bf16_is_as_near_to_float32(small_model, photos, monkeyp
 def test_weights_do_not_depend_on_the_processor(monkeypatch):
     hashes = set()
     for amx in (False, True):
-        monkeypatch.setattr(common, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(common, "AMX", amx)
         common.seed_everything(0, CPU)
         hashes.add(common.weights_hash(common.Model(10)))
     assert len(hashes) == 1

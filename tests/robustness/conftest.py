@@ -54,6 +54,7 @@ class Narrow(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 3)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.Identity()
+        self.layer4 = nn.Sequential()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
 

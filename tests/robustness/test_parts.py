@@ -1,5 +1,6 @@
 """The four parts in order, as a grader runs them: what they write, and that it is what they did."""
 
+import json
 import re
 import subprocess
 import sys
@@ -55,6 +56,23 @@ def test_part_1_as_it_is(tmp_path):
         assert min(image.size) > 300
     weights = torch.load(tmp_path / "part1.pt", weights_only=True)["model"]
     assert weights["backbone.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
+
+
+def test_compiled_parts_find_the_same(results, tmp_path):
+    try:
+        common.compile_backbone(common.Model(2), torch.device("cpu"))
+    except common.UsageError as error:
+        pytest.skip(str(error))
+    run("part3_augmented", *DIGITS, "--results-dir", tmp_path, "--no-umap", "--compile")
+    record = (tmp_path / "part3_robustness.json").read_text(encoding="utf-8")
+    assert json.loads(record)["args"]["compile"] is True  # part 3 hands it on
+    for name in ("part3.csv", "part3_robustness.csv"):
+        found, expected = [[float(row["value"]) for row in read(folder / name)
+                            if row["head"] == "own" and row["metric"] == "accuracy"
+                            and row["condition"] in ("clean", "cutout", "rotation")]
+                           for folder in (tmp_path, results)]
+        assert len(found) >= 3
+        assert found == pytest.approx(expected, abs=0.03)
 
 
 def test_every_part_writes_its_files(results):
