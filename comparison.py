@@ -209,7 +209,7 @@ def in_training(study, condition):
     """Whether part 3 trained on a perturbation: "yes", "no", or JPEG_NOTE; "" for the rest."""
     if condition not in common.FAMILY:
         return ""
-    if condition == "jpeg" and study.dataset == JPEG_COPY:
+    if condition == "jpeg" and study.dataset.startswith(JPEG_COPY):  # with --quick, too
         return JPEG_NOTE
     return "yes" if common.FAMILY[condition] in study.seen else "no"
 
