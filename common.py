@@ -490,15 +490,26 @@ class Inference(nn.Module):
     def __init__(self, model, compiled=False):
         super().__init__()
         self.model = folded(model)
-        self.last = self.model.backbone.fc
-        self.model.backbone.fc = nn.Identity()
+        self.last = self.model.backbone.fc = KeepsInput(self.model.backbone.fc)
         if compiled:
             device = next(model.parameters()).device
             compile_backbone(self.model, device, freezing=True)
 
     def forward(self, images):
-        features = self.model.outputs(images)
-        return self.model.head(self.last(features)), features
+        logits = self.model(images)
+        return logits, self.last.features
+
+
+class KeepsInput(nn.Module):
+    """A last layer that keeps the features it is given."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features):
+        self.features = features
+        return self.layer(features)
 
 
 @torch.no_grad()

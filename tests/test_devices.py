@@ -135,7 +135,7 @@ def test_compile_says_in_one_sentence_that_it_cannot(monkeypatch):
 
 
 def test_a_compiled_backbone_keeps_the_names_of_its_weights(monkeypatch):
-    def wrap(what):  # as torch.compile does with a module
+    def wrap(what, **words):  # as torch.compile does with a module
         if isinstance(what, torch.nn.Module):
             return torch.nn.ModuleDict({"_orig_mod": what})
         return what

@@ -64,6 +64,16 @@ def test_an_inference_predicts_what_its_model_does(photos, head):
         assert torch.allclose(once.logits, model(photos / 255), rtol=1e-3, atol=1e-4)
 
 
+def test_a_students_forward_is_what_predicts(small_model, photos, monkeypatch):
+    amp = common.Amp("off", CPU)
+    before = common.predict(small_model, photos, amp)
+    forward = common.Model.forward
+    monkeypatch.setattr(common.Model, "forward", lambda self, images: 1000 * forward(self, images))
+    after = common.predict(small_model, photos, amp)
+    assert torch.allclose(after.logits, 1000 * before.logits)
+    assert torch.equal(after.features, before.features)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("n", "side"), [(1, 4), (3, 2), (5, 8), (2, 6)])
 def test_images_side_by_side_are_the_same_convolution(stride, n, side):
