@@ -39,8 +39,8 @@ HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
 QUICK_PER_CLASS = 10
 EMBEDDING_DIM = 128  # of part 4's last layer
-# whether the CPU multiplies matrices of bf16 in tiles, as Intel's Xeons do since 2023
-AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {instruction set: whether it is there}
+AMX = CPU.get("amx_bf16", False)  # multiplies tiles of bf16, as Intel's Xeons do since 2023
 PARTS = ("part1", "part3", "part3_crop_flip", "part4", "part4_augmented", "part4_proxies",
          "part4_proxies_augmented")  # what trains a model, and what its files are called
 META = {"part": str, "args": dict, "dataset": str, "classes": list, "outputs": int, "head": str,
@@ -99,11 +99,13 @@ class Amp:
 
 @functools.lru_cache
 def fastest_precision(device):
-    """ "bf16", "fp16" or "off". On a CPU it is measured: some emulate bf16, 4-16 times slower."""
+    """ "bf16", "fp16" or "off". Timed on CPUs without bf16: some emulate it, 4-16 times slower."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type != "cpu":
         return "off"
+    if AMX or CPU.get("avx512_bf16"):
+        return "bf16"  # a trial beside other work has found float32 faster here, which it is not
     with torch.random.fork_rng(devices=[]):  # so that the weights to come do not depend on --amp
         layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
         images = torch.rand(16, 64, 16, 16).to(memory_format=torch.channels_last)

@@ -96,9 +96,22 @@ def test_the_trial_of_precisions_ends_when_it_is_clear(monkeypatch, bf16, trials
             now += bf16 if len(calls) % 4 == 2 else 4.1
         return now
 
+    monkeypatch.setattr(common, "AMX", False)
+    monkeypatch.setattr(common, "CPU", {})
     monkeypatch.setattr(common.time, "perf_counter", clock)
     assert common.fastest_precision.__wrapped__(torch.device("cpu")) == precision
     assert len(calls) == 4 * (1 + trials)  # the first of each prepares
+
+
+@pytest.mark.parametrize(("amx", "has"), [(True, {}), (False, {"avx512_bf16": True})])
+def test_where_the_processor_has_bf16_no_trial_decides(monkeypatch, amx, has):
+    def clock():
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(common, "AMX", amx)
+    monkeypatch.setattr(common, "CPU", has)
+    monkeypatch.setattr(common.time, "perf_counter", clock)
+    assert common.fastest_precision.__wrapped__(torch.device("cpu")) == "bf16"
 
 
 def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
