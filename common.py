@@ -1,10 +1,9 @@
 """What must be the same in every part, in the order in which data passes through it.
 
-Seed, device, mixed precision; data, split, batches; model; prediction; checkpoints; attacks; UMAP.
+Seed, device, mixed precision; data, split, batches; model; prediction; checkpoints; UMAP.
 A line belongs here if changing it in one part alone would silently spoil the comparison of parts.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -16,7 +15,12 @@ from typing import NamedTuple
 import checkpoints
 import datasets
 from arguments import LABEL_SMOOTHING, UsageError, check_data_arguments, first_line
-from checkpoints import weights_hash as weights_hash  # part of this module's interface
+from attacks import UnitLogits as UnitLogits  # x as x: part of this module's interface
+from attacks import eval_mode as eval_mode
+from attacks import fgsm as fgsm
+from attacks import fgsm_direction as fgsm_direction
+from attacks import pgd as pgd
+from checkpoints import weights_hash as weights_hash
 from metrics import class_means
 from perturbations import FAMILY
 from perturbations import NO_SEVERITY as NO_SEVERITY
@@ -550,17 +554,6 @@ def validation_accuracy(model, split, amp):
     return accuracy(predict(model, split.eval_images, amp).logits, split.eval_labels)
 
 
-@contextlib.contextmanager
-def eval_mode(model):
-    """Eval mode inside, the former mode outside."""
-    training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(training)
-
-
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
@@ -610,89 +603,6 @@ def check_meta(meta):
     if meta["outputs"] != expected:
         raise ValueError(f"{meta['outputs']} outputs for {len(meta['classes'])} classes")
     check_data_arguments(meta["args"])
-
-
-# ---- attacks (cleverhans) -----------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def attack_mode(model):
-    """Eval mode, float32, no gradients for the parameters; afterwards all is as it was before."""
-    wanted = [p.requires_grad for p in model.parameters()]
-    device = next(model.parameters()).device.type
-    with eval_mode(model), torch.autocast(device, enabled=False):
-        model.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, flag in zip(model.parameters(), wanted, strict=True):
-                parameter.requires_grad_(flag)
-
-
-def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
-    """Fast gradient method (Goodfellow et al. 2015), by cleverhans, away from the given labels.
-
-    images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; with `targeted` those to
-    go towards.  eps: in pixel units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in [0,1],
-    detached; the model's mode and gradients stay as they were.
-    """
-    images = images.float()
-    step = fgsm_direction(model, images, labels, norm, targeted)
-    return (images + eps * step).clamp(0, 1)
-
-
-def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_size=128):
-    """The step of `fgsm` for eps 1 before clipping: one gradient serves a whole sweep over eps.
-
-    Its norm is 1, or 0 for an image whose gradient is zero everywhere.  Shapes as in `fgsm`.
-    """
-    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
-
-    steps = []
-    with attack_mode(model):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            moved = fast_gradient_method(model, x, 1.0, norm, y=y, targeted=targeted).detach()
-            step = moved - x
-            if norm == np.inf:
-                step = step.sign()  # x + 1 - x is not 1 to the last bit
-            else:  # cleverhans shortens the step where the mean loss's gradient is below 1e-6
-                length = step.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                step = torch.where(length > 0, step / length, 0)
-            steps.append(step)
-    return torch.cat(steps)
-
-
-def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
-    """Projected gradient descent (Madry et al. 2018), by cleverhans, from the image itself.
-
-    Takes `steps` steps of 2.5 * eps / steps, at most eps.  Arguments and result as in `fgsm`.
-    """
-    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
-
-    adversarial = []
-    with attack_mode(model):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            moved = projected_gradient_descent(
-                model, x, eps, min(eps, 2.5 * eps / steps), steps, norm, clip_min=0.0, clip_max=1.0,
-                y=y, rand_init=False, sanity_checks=False)  # they fail on CUDA (cleverhans#1248)
-            adversarial.append(moved.detach())
-    return torch.cat(adversarial)
-
-
-class UnitLogits(nn.Module):
-    """A model whose logits are divided by each image's own standard deviation, without gradient.
-
-    The decisions are the model's; an attack on it does not depend on the logits' scale, so it still
-    finds the way where a large scale saturates the softmax and leaves no gradient (an audit).
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        logits = self.model(images)
-        return logits / logits.detach().std(1, keepdim=True).clamp(min=1e-12)
 
 
 # ---- UMAP ---------------------------------------------------------------------------------------
