@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
 ARGS ?=
 RESULTS ?= results
-DEMO := --dataset digits --results-dir results/demo --epochs 8 --batch-size 32 --lr 0.02 \
+DEMO := --dataset digits --results-dir results/demo --epochs 6 --batch-size 32 --lr 0.05 \
 	--umap-points 100
 DEMO_TEST := part2_robustness.py --results-dir results/demo --umap-points 100 \
 	--attack-images 100 --audit-images 20 --eps-255 0 32 64 128 --checkpoint

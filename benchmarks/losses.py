@@ -32,7 +32,7 @@ TESTS = ["--perturbations", *PERTURBED, "--eps-255", "0", "2", "8", "16", "--no-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--results-dir", type=Path, default=Path("results/losses"))

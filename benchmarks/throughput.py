@@ -41,6 +41,7 @@ def parse_args():
 def main():
     args = parse_args()
     import common
+    import muon
     import report
     from part3_augmented import augment
 
@@ -74,10 +75,11 @@ def main():
 
     def model(fast):
         net = common.Model(10).to(device)
-        net = net.to(memory_format=torch.channels_last) if fast else net
-        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, nesterov=True,
-                                    weight_decay=5e-4)
-        return net, optimizer
+        if fast:
+            net = net.to(memory_format=torch.channels_last)
+            dtype = amp.dtype or torch.float32
+            return net, muon.Muon(net, 0.02, momentum=0.9, weight_decay=1e-3, dtype=dtype)
+        return net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)

@@ -46,7 +46,7 @@ def refused(monkeypatch, checkpoint, results):
 
 
 @pytest.mark.parametrize("change", [
-    ["--seed", 1], ["--epochs", 2], ["--lr", 0.05], ["--label-smoothing", 0]])
+    ["--seed", 1], ["--epochs", 2], ["--lr", 0.01], ["--label-smoothing", 0]])
 def test_a_checkpoint_of_other_weights_is_refused_before_anything_is_done(
         tree, mine, tmp_path, monkeypatch, change):
     other = tmp_path / "other"

@@ -1,0 +1,68 @@
+"""Muon (Jordan et al. 2024): SGD whose steps are orthogonal matrices, for the convolutions."""
+
+import torch
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the published coefficients
+ITERATIONS = 3  # 5 as published: no better here (benchmarks/recipes.md), and slower
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the convolutions, SGD for every other parameter, both with Nesterov momentum.
+
+    A convolution's weights are a matrix with a row for each output channel.  The singular values of
+    its momentum, a few large and many small ones, are all set to about 1: a step goes as far in the
+    directions of small gradients as in those of large ones.  The weights keep the norm of an
+    orthogonal matrix (BatchNorm undoes any scale), so that lr is a step's length relative to them,
+    and weight_decay an L2 penalty of the other parameters alone.
+
+    dtype: of the matrix products; the weights stay float32.
+    """
+
+    def __init__(self, model, lr, momentum, weight_decay, dtype=torch.float32):
+        convolutions = []
+        others = []
+        for parameter in model.parameters():
+            (convolutions if parameter.ndim == 4 else others).append(parameter)
+        groups = [{"params": convolutions, "orthogonal": True},
+                  {"params": others, "orthogonal": False}]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weights in group["params"]:
+                if weights.grad is None:
+                    continue
+                gradient = weights.grad
+                if not group["orthogonal"]:
+                    gradient = gradient.add(weights, alpha=group["weight_decay"])
+                state = self.state[weights]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(weights)
+                momentum = state["momentum"]
+                torch.add(gradient, momentum, alpha=group["momentum"], out=momentum)
+                step = torch.add(gradient, momentum, alpha=group["momentum"])  # Nesterov's
+                if group["orthogonal"]:
+                    matrix = step.permute(0, 2, 3, 1).flatten(1)  # (C',kkC), without a copy
+                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())
+                    matrix = orthogonalized(matrix.to(self.dtype)).to(weights.dtype)
+                    n, channels, height, width = weights.shape
+                    step = matrix.view(n, height, width, channels).permute(0, 3, 1, 2)
+                weights.add_(step, alpha=-group["lr"])
+
+
+def orthogonalized(matrix, iterations=ITERATIONS):
+    """U Vᵀ of the matrix's singular value decomposition U S Vᵀ, roughly.
+
+    Singular values above a fiftieth of the matrix's norm become 0.7 to 1.2, smaller ones less.  By
+    Newton-Schulz iterations, which need matrix products alone.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix if len(matrix) <= matrix.shape[1] else matrix.T  # the smaller product
+    x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
+    for _ in range(iterations):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G²
+        x = torch.addmm(x, polynomial, x, beta=a)  # a X + (b G + c G²) X
+    return x if len(matrix) <= matrix.shape[1] else x.T
