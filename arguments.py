@@ -79,8 +79,8 @@ def add_shared(parser):
     add("--device", default="auto",
         help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-        help="mixed precision; auto: bf16 unless a short trial shows it clearly slower, fp16 on "
-             "older CUDA, off")
+        help="mixed precision; auto: bf16 where the processor has it (on other CPUs a short trial "
+             "decides), fp16 on older CUDA")
     add("--compile", action="store_true",
         help="torch.compile the network: half a minute once, then faster on GPUs and bf16 CPUs")
     add("--umap-points", type=number(int, 50, 100_000), default=1000,

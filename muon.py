@@ -15,7 +15,8 @@ class Muon(torch.optim.Optimizer):
     orthogonal matrix (BatchNorm undoes any scale), so that lr is a step's length relative to them,
     and weight_decay an L2 penalty of the other parameters alone.
 
-    dtype: of the matrix products; the weights stay float32.
+    dtype: of the matrix products, float32 in place of float16, in whose range gradients vanish; the
+    weights stay float32.
     """
 
     def __init__(self, model, lr, momentum, weight_decay, dtype=torch.float32):
@@ -26,7 +27,7 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": convolutions, "orthogonal": True},
                   {"params": others, "orthogonal": False}]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype
 
     @torch.no_grad()
     def step(self):

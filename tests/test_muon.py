@@ -113,6 +113,18 @@ def test_the_layout_of_the_weights_makes_no_difference():
         assert torch.allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_gradients_count_in_every_precision(dtype):
+    convolution = nn.Conv2d(12, 8, 1, bias=False)
+    gradient = 1e-9 * torch.randn(8, 12)
+    expected = muon.orthogonalized(gradient)
+    before = convolution.weight.detach().flatten(1)
+    before = before * (8**0.5 / before.norm())
+    convolution.weight.grad = gradient.view(8, 12, 1, 1)
+    muon.Muon(convolution, 1.0, 0, 0, dtype).step()
+    assert torch.allclose(before - convolution.weight.flatten(1), expected, atol=0.02)
+
+
 def test_it_resumes_from_its_state():
     net = network()
     optimizer = muon.Muon(net, 0.05, 0.6, 1e-3)
