@@ -30,7 +30,7 @@ run: $(VENV)/installed
 	$(BIN)/python part4_angular.py --augment --results-dir $(RESULTS) $(ARGS)
 
 # ---- the study: every seed has a split and a directory of its own ------------------------------
-# make -j2 study         two trainings at once; stopped in any way, the same command goes on
+# make -j2 study         two at once, trainings or tests; stopped, the same command goes on
 # make study SEEDS=2     one seed, such as one job of a cluster
 SEEDS ?= 1 2 3
 THREADS ?= 1# of each training; sums in another order are other results, so resume with the same
@@ -39,47 +39,42 @@ REFERENCE ?= results/reference
 STUDIED := part1 part3 part3_crop_flip part4 part4_augmented part4_proxies
 TESTS ?= --severities 1 2 3 4 5
 SEED_DIRS := $(SEEDS:%=$(STUDY)/seed%)
+MODELS := $(foreach part,$(STUDIED),$(SEED_DIRS:%=%/$(part)))
 
-study: $(foreach part,$(STUDIED),$(SEED_DIRS:%=%/$(part).done))
+study: $(MODELS:=.tested) $(MODELS:=.trained)
 	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEED_DIRS))
 
-$(STUDY)/seed%/part1.done: | $(VENV)/installed
+$(STUDY)/seed%/part1.trained: | $(VENV)/installed
 	$(call train,part1_baseline.py)
-	$(test_it)
 
-# the others try part 1's adversarial images as well, so part 1 comes first
-$(STUDY)/seed%/part3.done: $(STUDY)/seed%/part1.done
+$(STUDY)/seed%/part3.trained: | $(VENV)/installed
 	$(call train,part3_augmented.py --no-part2)
-	$(test_it)
 
-$(STUDY)/seed%/part3_crop_flip.done: $(STUDY)/seed%/part1.done
+$(STUDY)/seed%/part3_crop_flip.trained: | $(VENV)/installed
 	$(call train,part3_augmented.py --families none --no-part2)
-	$(test_it)
 
-$(STUDY)/seed%/part4.done: $(STUDY)/seed%/part1.done
+$(STUDY)/seed%/part4.trained: | $(VENV)/installed
 	$(call train,part4_angular.py --no-part2)
-	$(test_it)
 
-$(STUDY)/seed%/part4_augmented.done: $(STUDY)/seed%/part1.done
+$(STUDY)/seed%/part4_augmented.trained: | $(VENV)/installed
 	$(call train,part4_angular.py --augment --no-part2)
-	$(test_it)
 
-$(STUDY)/seed%/part4_proxies.done: $(STUDY)/seed%/part1.done
+$(STUDY)/seed%/part4_proxies.trained: | $(VENV)/installed
 	$(call train,part4_angular.py --proxies --no-part2)
-	$(test_it)
+
+# part 2 tries part 1's adversarial images on every other model
+.SECONDEXPANSION:
+$(STUDY)/%.tested: $(STUDY)/%.trained $$(@D)/part1.trained
+	$(call logged,part2_robustness.py --checkpoint $(@:.tested=.pt) --results-dir $(@D) --resume \
+		$(TESTS) $(filter --no-umap --compile,$(ARGS)))
 
 train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resume $(ARGS))
 
-define test_it
-$(call logged,part2_robustness.py --checkpoint $(@:.done=.pt) --results-dir $(@D) --resume \
-	$(TESTS) $(filter --no-umap --compile,$(ARGS)))
-@touch $@
-endef
-
 define logged
 @mkdir -p $(@D)
-@echo "seed $*: $(1) (progress: $(@:.done=.log))"
-@OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(1) >> $(@:.done=.log) 2>&1 || { tail -n 5 $(@:.done=.log); exit 1; }
+@echo "$(@D): $(1) (progress: $(basename $@).log)"
+@OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(1) >> $(basename $@).log 2>&1 || { tail -n 5 $(basename $@).log; exit 1; }
+@touch $@
 endef
 
 # What is committed: tables, records, figures; no weights and no images of the data set. Each

@@ -32,9 +32,9 @@ def study(tmp_path):
     python.write_text(FAKE, encoding="utf-8")
     python.chmod(0o755)
 
-    def run(*words):
+    def run(*words, goal="study"):
         (tmp_path / "commands.txt").write_text("", encoding="utf-8")
-        subprocess.run(["make", "study", "VENV=v", f"BIN={tmp_path}/bin", *words], cwd=tmp_path,
+        subprocess.run(["make", goal, "VENV=v", f"BIN={tmp_path}/bin", *words], cwd=tmp_path,
                        capture_output=True, check=False)
         return (tmp_path / "commands.txt").read_text(encoding="utf-8").splitlines()
 
@@ -62,6 +62,15 @@ def test_what_is_finished_is_not_run_again_what_failed_is(study):
     assert scripts("STUDIED=part1 part3") == [part1, part2, part3, part2]
     assert scripts("STUDIED=part1 part4", "ARGS=fails") == ["part4_angular.py"]
     assert scripts("STUDIED=part1 part3 part4") == ["part4_angular.py", part2]
+
+
+@pytest.mark.parametrize("part", ["part3", "part4_proxies"])
+def test_a_model_is_tested_after_part_1s_training_and_waits_for_nothing_else(study, part):
+    commands = study(goal=f"results/study/seed7/{part}.tested")
+    assert sorted(command.split()[0] for command in commands) == sorted(
+        ["part1_baseline.py", f"{part[:5]}_{'augmented' if part == 'part3' else 'angular'}.py",
+         "part2_robustness.py"])
+    assert f"--checkpoint results/study/seed7/{part}.pt" in commands[-1]
 
 
 def test_comparisons_of_one_directory_take_turns(tmp_path):
