@@ -12,7 +12,8 @@ from pages import escape, markdown_table
 
 import numpy as np
 
-STRONGEST = ("worst_case", "worst_case_l2", "pgd", "pgd_l2", "fgsm", "fgsm_l2")
+STRONGEST = ("worst_case_audit", "worst_case_audit_l2",  # of all attacks, PGD with them
+             "worst_case", "worst_case_l2", "pgd", "pgd_l2", "fgsm", "fgsm_l2")
 OUTCOMES = {"better": "supported", "worse": "contradicted"}
 CLAIMED = {TEST: "on clean test images", SEEN: "under perturbations of families that part 3 "
            "trains on", HELD_OUT: "under perturbations of held-out families"}
