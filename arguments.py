@@ -10,7 +10,7 @@ from pathlib import Path
 DATASETS = ("cifar10", "folder", "digits")
 FROM_CHECKPOINT = ("dataset", "data_dir", "train_fraction", "split_seed", "seed", "quick", "amp")
 QUICK_EPOCHS = 2
-LABEL_SMOOTHING = 0.1  # of every loss that has it; without it part 1 is overconfident
+LABEL_SMOOTHING = 0.1  # of every loss that has it
 
 
 class UsageError(Exception):
