@@ -310,14 +310,21 @@ def evenly_spaced(total, n):
     return torch.linspace(0, total - 1, min(n, total)).round().long()
 
 
-def few_of(split):
-    """A Split of few images, for the learning curve: watching costs at most a tenth of an epoch.
+def few_sizes(training, evaluation):
+    """How many of the images the learning curve is of: watching costs at most a tenth of an epoch.
 
     An epoch costs about three forward passes of the training images: forward and backward.
     """
-    tenth = max(10, int(0.3 * len(split.train_labels)))  # forward passes of an image
-    train = evenly_spaced(len(split.train_labels), min(1000, 2 * tenth // 5))  # twice in part 4
-    some = evenly_spaced(len(split.eval_labels), min(500, tenth // 5))
+    tenth = max(10, int(0.3 * training))  # forward passes of an image
+    train_n = min(1000, 2 * tenth // 5, training)  # that part 4 passes twice
+    return train_n, min(500, tenth // 5, evaluation)
+
+
+def few_of(split):
+    """A Split of few images, for the learning curve: `few_sizes`, evenly spaced."""
+    train_n, eval_n = few_sizes(len(split.train_labels), len(split.eval_labels))
+    train = evenly_spaced(len(split.train_labels), train_n)
+    some = evenly_spaced(len(split.eval_labels), eval_n)
     return Split(split.train_images[train], split.train_labels[train], split.eval_images[some],
                  split.eval_labels[some], split.hash)
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from arguments import RunError
 from checkpoints import atomic
-from common import HELD_OUT_FAMILIES
+from common import HELD_OUT_FAMILIES, few_sizes
+from metrics import wilson_interval
 from perturbations import FAMILY
 
 import matplotlib.style
@@ -214,19 +215,24 @@ def history(path, history, run):
     accuracies = 100 * np.array([[h["train_accuracy"], h["eval_accuracy"]] for h in history], float)
     handles = right.plot(epochs, accuracies[:, 0], **training)
     labels = ["training batches"]
-    if np.isfinite(accuracies[:, 1]).any():
+    _, n = few_sizes(run.sizes["training"], run.sizes["evaluation"])
+    known = [(h["epoch"], *wilson_interval(h["eval_accuracy"] * n, n)) for h in history
+             if math.isfinite(h["eval_accuracy"])]
+    bounds = np.array(known).reshape(-1, 3) * (1, 100, 100)  # epoch, low, high
+    if known:
         color = PART_COLORS.get(run.part, "#000000")
         handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
-        labels.append("evaluation images, averaged weights")
+        right.fill_between(*bounds.T, color=color, alpha=0.15, linewidth=0)
+        labels.append(f"{n} evaluation images, averaged weights")
     left.set_ylabel("training loss")
-    right.set(ylabel="accuracy (%)", ylim=room(accuracies))
+    right.set(ylabel="accuracy (%)", ylim=room([*accuracies.flat, *bounds[:, 1:].flat]))
     for axes in (left, right):
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
     legend(figure, handles, labels)
     save(figure, path, f"{described(run)} Training loss and accuracy are means over each epoch's "
-         "batches; no evaluation image is ever trained on.")
+         "batches; no evaluation image is ever trained on. Band: 95 % interval.")
 
 
 # ---- clean test images --------------------------------------------------------------------------

@@ -350,8 +350,9 @@ def end_epoch(run, history, state, generator):
     """Saves the training's state and the table of its epochs so far."""
     checkpoints.save_state(run.path("_state.pt"), run.identity, len(history), history, state,
                            generator)
-    write_rows(run.path("_history.csv"),
-               [{"dataset": run.dataset, "seed": run.seed} | values for values in history])
+    _, eval_n = common.few_sizes(run.sizes["training"], run.sizes["evaluation"])
+    whose = {"dataset": run.dataset, "seed": run.seed, "eval_n": eval_n}
+    write_rows(run.path("_history.csv"), [whose | values for values in history])
 
 
 def retire(run):

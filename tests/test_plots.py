@@ -51,7 +51,8 @@ ATTACKS = (
 
 def run_of(classes=ANIMALS, dataset="toys"):
     return types.SimpleNamespace(
-        part="part3", label="augmented", dataset=dataset, classes=classes, seed=7
+        part="part3", label="augmented", dataset=dataset, classes=classes, seed=7,
+        sizes={"training": 10_000, "evaluation": 40_000, "test": 10_000},
     )
 
 
@@ -529,9 +530,12 @@ def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, 
     assert evaluation.get_color() == plots.PART_COLORS[
         "part3"
     ] and evaluation.get_ydata() == pytest.approx([40] * 4)
-    assert {"evaluation images, averaged weights", "training batches", "accuracy (%)"} <= set(
+    assert {"500 evaluation images, averaged weights", "training batches", "accuracy (%)"} <= set(
         words(drawn["y.png"][0])
     )
+    (band,) = drawn["y.png"][0].axes[1].collections  # Wilson's interval of 200 of 500
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((35.8, 44.4), abs=0.05)
 
 
 def intervals(axes):

@@ -52,6 +52,9 @@ def test_part_1_as_it_is(tmp_path):
     for ending in (".pt", ".csv", ".json", "_history.csv", "_history.png", "_confusion.png",
                    "_umap.png", "_umap.npz", "_correct.npz"):
         assert (tmp_path / f"part1{ending}").stat().st_size > 0
+    history = (tmp_path / "part1_history.csv").read_text(encoding="utf-8").splitlines()
+    assert history[0].startswith("dataset,seed,eval_n,epoch,")
+    assert history[1].split(",")[2] == "2"  # of 80: a tenth of an epoch of 20 training images
     with Image.open(tmp_path / "part1_umap.png") as image:
         assert min(image.size) > 300
     weights = torch.load(tmp_path / "part1.pt", weights_only=True)["model"]
