@@ -86,8 +86,8 @@ reference: study
 	cd $(STUDY) && find $(SEEDS:%=seed%) \( $(KEPT) \) ! -name '.*' ! -name '*_examples.png' \
 		! -name '*_adversarial.png' | tar cf - -T - | tar xf - -C $(abspath $(REFERENCE))
 	for s in $(SEEDS); do $(BIN)/python -c "import summary; summary.compare('$(REFERENCE)/seed$$s')"; done
-	rm -f $(SEEDS:%=$(REFERENCE)/seed%/summary.html)
 	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEEDS:%=$(REFERENCE)/seed%))
+	rm -f $(SEEDS:%=$(REFERENCE)/seed%/summary.html) $(REFERENCE)/trainings.html  # in Markdown there
 
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
