@@ -1,8 +1,11 @@
 """Muon (Jordan et al. 2024): SGD whose steps are orthogonal matrices, for the convolutions."""
 
+from graphs import RecordedStep
+
 import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the published coefficients
+NUMBERS = ("lr", "momentum", "weight_decay")  # of a group of parameters, and may change
 ITERATIONS = 3  # 5 as published: no better here (benchmarks/recipes.md), and slower
 
 
@@ -28,29 +31,52 @@ class Muon(torch.optim.Optimizer):
                   {"params": others, "orthogonal": False}]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.recorded = None  # on a GPU: the step as a graph
+        self.warm = False  # the first step creates the momenta, and loads what a graph may not
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.recorded = None  # it reads the momenta before
+        self.warm = False
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
+        gradients = {weights: weights.grad for group in self.param_groups
+                     for weights in group["params"] if weights.grad is not None}
+        device = self.param_groups[0]["params"][0].device
+        numbers = [torch.full((), group[key], device=device)
+                   for group in self.param_groups for key in NUMBERS]
+        if not self.warm or device.type != "cuda" or gradients.keys() - self.state.keys():
+            self.update(gradients, numbers)
+            self.warm = True
+            return
+        if self.recorded is None or self.recorded.gradients.keys() != gradients.keys():
+            self.recorded = RecordedStep(self.update, gradients, numbers)
+        self.recorded(gradients, numbers)
+
+    def update(self, gradients, numbers):
+        """One step. gradients: {weights: gradient}; numbers: NUMBERS of both groups, tensors ()."""
+        for i, group in enumerate(self.param_groups):
+            lr, keep, weight_decay = numbers[3 * i : 3 * i + 3]
             for weights in group["params"]:
-                if weights.grad is None:
+                if weights not in gradients:
                     continue
-                gradient = weights.grad
+                gradient = gradients[weights]
                 if not group["orthogonal"]:
-                    gradient = gradient.add(weights, alpha=group["weight_decay"])
+                    gradient = torch.addcmul(gradient, weights, weight_decay)
                 state = self.state[weights]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(weights)
                 momentum = state["momentum"]
-                torch.add(gradient, momentum, alpha=group["momentum"], out=momentum)
-                step = torch.add(gradient, momentum, alpha=group["momentum"])  # Nesterov's
+                torch.addcmul(gradient, momentum, keep, out=momentum)
+                step = torch.addcmul(gradient, momentum, keep)  # Nesterov's
                 if group["orthogonal"]:
                     matrix = step.permute(0, 2, 3, 1).flatten(1)  # (C',kkC), without a copy
                     weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())
                     matrix = orthogonalized(matrix.to(self.dtype)).to(weights.dtype)
                     n, channels, height, width = weights.shape
                     step = matrix.view(n, height, width, channels).permute(0, 3, 1, 2)
-                weights.add_(step, alpha=-group["lr"])
+                weights.addcmul_(step, lr, value=-1)
 
 
 def orthogonalized(matrix, iterations=ITERATIONS):

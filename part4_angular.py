@@ -131,8 +131,7 @@ def main(argv=None):
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9
     average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
-    if args.compile:
-        common.compile_backbone(model, device)
+    common.accelerate(model, device, args.compile)
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler,
              "scaler": amp.scaler}
@@ -149,7 +148,7 @@ def main(argv=None):
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings, labels)  # in float32, for its exponentials
-            amp.step(loss, optimizer)  # zero_grad, backward, step
+            amp.step(loss, optimizer)  # backward, step, zero_grad
             scheduler.step()
             average.update(model)
             meter.add(loss, labels)

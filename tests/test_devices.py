@@ -219,3 +219,100 @@ def test_all_parts_run_and_resume_on_the_gpu(tmp_path, amp, monkeypatch, capsys)
 @needs_gpu
 def test_compiled_on_the_gpu(tmp_path):
     part1_baseline.main([*QUICK, "--device", "cuda", "--compile", "--results-dir", str(tmp_path)])
+
+
+def test_a_copy_of_a_recorded_model_is_a_model_of_its_own():
+    model = common.Model(2)
+    common.accelerate(model, torch.device("cuda"), compiled=False)  # records when it trains
+    copied = common.WeightAverage(model, power=3).model.eval()
+    images = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        before = copied(images)
+        copied.backbone.fc.weight.zero_()
+        copied.backbone.fc.bias.fill_(3)
+        assert (copied(images) == 3).all()
+        assert not torch.equal(before, copied(images))
+        assert (common.folded(copied)(images) == 3).all()
+        assert (model.eval()(images) != 3).all()
+
+
+def test_only_training_without_gradients_so_far_is_recorded(monkeypatch):
+    def record(backbone, sample):
+        recorded.append(sample[0].shape)
+        backbone.forward = lambda images: torch.full((len(images), 2), 7.0)
+
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    model = common.Model(2)
+    common.accelerate(model, torch.device("cuda"), compiled=False)
+    images = torch.rand(4, 3, 8, 8)
+    for some in (images, images, images[:2], images):  # every shape once
+        assert (model(some) == 7).all()
+    assert recorded == [(4, 3, 8, 8), (2, 3, 8, 8)]
+    model.backbone.conv1.weight.grad = torch.zeros_like(model.backbone.conv1.weight)
+    assert (model(images) != 7).all()  # gradients add up
+    model.zero_grad()
+    assert (model(images) == 7).all()
+    with torch.no_grad():
+        assert (model(images) != 7).all()
+    assert (model.eval()(images) != 7).all()
+
+
+def steps(model, optimizer, images, labels, amp):
+    """The losses of training steps, each on other images."""
+    losses = []
+    for some in images:
+        with amp.autocast():
+            loss = torch.nn.functional.cross_entropy(model(some), labels)
+        amp.step(loss, optimizer)
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@needs_gpu
+@pytest.mark.parametrize("amp", ["off", "auto", "fp16"])
+def test_a_recorded_training_is_the_same_training(amp):
+    device = torch.device("cuda")
+    amp = common.Amp(amp, device)
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.rand(6, 20, 3, 16, 16, generator=generator, device=device)
+    labels = torch.arange(20, device=device) % 10
+    images[:, :, 0] = labels[:, None, None] / 10  # their classes are learned in a few steps
+    found = []
+    for record in (False, False, True):  # twice, for what two trainings of one kind differ by
+        torch.manual_seed(0)
+        model = common.Model(10).to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        if record:
+            common.accelerate(model, device, compiled=False)
+        found.append(steps(model, optimizer, images, labels, amp))
+        found[-1] = torch.cat([found[-1], steps(model, optimizer, images[:3, :8], labels[:8], amp)])
+    assert "forward" in vars(model.backbone)
+    noise = (found[0] - found[1]).abs().max()
+    assert (found[0] - found[2]).abs().max() <= 3 * noise + 0.1
+    assert found[2][5] < found[2][0] - 0.1
+    with torch.no_grad():
+        alone = model.eval()(images[0])
+        assert torch.allclose(common.predict(model, images[0], common.Amp("off", device)).logits,
+                              alone, atol=1e-3)
+
+
+@needs_gpu
+def test_gradients_of_a_recorded_backbone_add_up():
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = common.Model(10).to(device, memory_format=torch.channels_last)
+    images = torch.rand(2, 20, 3, 16, 16, device=device)
+    labels = torch.arange(20, device=device) % 10
+
+    def gradients(batches):
+        model.zero_grad()
+        for some in batches:
+            torch.nn.functional.cross_entropy(model(some), labels).backward()
+        return torch.cat([w.grad.flatten() for w in model.parameters()]).clone()
+
+    both = gradients(images)
+    common.accelerate(model, device, compiled=False)
+    apart = gradients(images[:1]) + gradients(images[1:])
+    assert (apart - both).norm() < 0.01 * both.norm()
+    assert (gradients(images) - both).norm() < 0.01 * both.norm()

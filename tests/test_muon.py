@@ -136,3 +136,37 @@ def test_it_resumes_from_its_state():
     train(other, resumed)
     for one, two in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_is_the_same_step():
+    trained = []
+    for eager in (True, False):
+        net = network().cuda()
+        optimizer = muon.Muon(net, 0.1, momentum=0.9, weight_decay=0.01)
+        if eager:
+            optimizer.step = lambda o=optimizer: step_eagerly(o)
+        generator = torch.Generator("cuda").manual_seed(0)
+        for i in range(8):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
+            optimizer.param_groups[1]["momentum"] = 0.9 - 0.05 * i
+            if i == 5:  # resumed
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if i == 6:
+                net[3].weight.requires_grad_(False)
+            optimizer.zero_grad()
+            images = torch.rand(6, 3, 8, 8, generator=generator, device="cuda")
+            nn.functional.cross_entropy(net(images), torch.arange(6).cuda() % 2).backward()
+            optimizer.step()
+        assert (optimizer.recorded is None) == eager
+        trained.append(torch.cat([w.detach().flatten() for w in net.parameters()]))
+    assert torch.allclose(*trained, atol=1e-4)
+
+
+@torch.no_grad()
+def step_eagerly(optimizer):
+    gradients = {w: w.grad for group in optimizer.param_groups for w in group["params"]
+                 if w.grad is not None}
+    numbers = [torch.tensor(group[key]).cuda() for group in optimizer.param_groups
+               for key in muon.NUMBERS]
+    optimizer.update(gradients, numbers)
