@@ -83,13 +83,25 @@ def orthogonalized(matrix, iterations=ITERATIONS):
     """U Vᵀ of the matrix's singular value decomposition U S Vᵀ, roughly.
 
     Singular values above a fiftieth of the matrix's norm become 0.7 to 1.2, smaller ones less.  By
-    Newton-Schulz iterations, which need matrix products alone.
+    Newton-Schulz iterations X ← (a + b G + c G²) X, G = X Xᵀ, which need matrix products alone.
+    What stands before X is a polynomial of the first G, as is every later G: so they are iterated,
+    being much smaller, and X is multiplied once.
     """
-    a, b, c = NEWTON_SCHULZ
     x = matrix if len(matrix) <= matrix.shape[1] else matrix.T  # the smaller product
     x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
-    for _ in range(iterations):
-        gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G²
-        x = torch.addmm(x, polynomial, x, beta=a)  # a X + (b G + c G²) X
+    gram = x @ x.T
+    product = factor = polynomial(gram)
+    for _ in range(iterations - 1):
+        gram = factor @ gram @ factor  # of factor X
+        factor = polynomial(gram)
+        product = factor @ product
+    x = product @ x
     return x if len(matrix) <= matrix.shape[1] else x.T
+
+
+def polynomial(gram):
+    """a + b G + c G²."""
+    a, b, c = NEWTON_SCHULZ
+    result = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal().add_(a)
+    return result
