@@ -1,7 +1,7 @@
 """CUDA graphs: what a training step does on a GPU is recorded once, and then replayed at once.
 
-At 64 images a step of ours has 1,229 kernels.  Python starts them one by one, which takes 19 ms on
-an H100's machine; the GPU takes 4 for them.
+At 64 images a step of part 3 has 1,229 kernels.  Python starts them one by one, which takes 19 ms
+on an H100's machine; the GPU is busy for 4 of them (benchmarks/recipes.md).
 """
 
 import warnings

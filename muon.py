@@ -6,7 +6,7 @@ import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the published coefficients
 NUMBERS = ("lr", "momentum", "weight_decay")  # of a group of parameters, and may change
-ITERATIONS = 3  # 5 as published: no better here (benchmarks/recipes.md), and slower
+ITERATIONS = 3  # published: 5; the best trial (benchmarks/recipes.md) had 3, which are faster
 
 
 class Muon(torch.optim.Optimizer):

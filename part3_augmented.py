@@ -6,7 +6,7 @@ carry over to them?
 
     python part3_augmented.py                     (crop and flip alone: --families none)
 
-15 epochs: 150,000 images, 21 to 32 minutes on one core of a Xeon with AMX (with --compile).
+15 epochs: 150,000 images, 21 to 41 minutes on one core of a Xeon with AMX (with --compile).
 Accuracy on 10,000 test images: 83.9 ± 0.3 %, three trainings on three splits (results/reference).
 
 Writes what parts 1 and 2 write, as results/part3* and results/part3_robustness*
@@ -65,6 +65,7 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
     color, the next one of geometry (SHARES), each step another of the family's perturbations; when
     all had their turn, the next severity.
     """
+    check_shares(families)
     images = crop_and_flip(images, generator)
     start = 0
     share = 0
@@ -79,6 +80,19 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
             images[start:end] = perturb(images[start:end], severity, generator)
         start = end
     return images
+
+
+def check_shares(families):
+    """Raises UsageError where SHARES does not fit the families to train on."""
+    for family in families:
+        if family not in SHARES:
+            raise arguments.UsageError(f"SHARES in part3_augmented.py has no share for the family "
+                                       f"{family!r}; add it there, or hold the family out in "
+                                       "common.HELD_OUT_FAMILIES")
+    total = sum(SHARES[family] for family in families)
+    if total > 16:
+        raise arguments.UsageError(f"SHARES in part3_augmented.py perturb {total} of 16 images; "
+                                   "make them 16 or less")
 
 
 def members(family):

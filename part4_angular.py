@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
-PROXY_COPIES = 16  # of a class's proxy in a batch: better than 1 and 4 (benchmarks/recipes.md)
+PROXY_COPIES = 16  # of a class's proxy in a batch: better than 1 (benchmarks/recipes.md)
 
 
 def parse_args(argv=None):

@@ -2,6 +2,7 @@
 
 import collections
 
+import arguments
 import common
 import part3_augmented
 import part4_angular
@@ -112,3 +113,14 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
                "--results-dir", str(tmp_path), *flags])
     assert steps == list(range(4))  # two epochs of 90 images
     assert set(wanted) == {None if part is part4_angular else part.parse_args(flags).families}
+
+
+@pytest.mark.parametrize(("shares", "problem"), [
+    ({"noise": 1, "color": 1}, "no share for the family 'geometry'"),
+    ({"noise": 8, "color": 4, "geometry": 5}, "perturb 17 of 16 images")])
+def test_shares_that_do_not_fit_are_refused(shares, problem, monkeypatch, photos):
+    monkeypatch.setattr(part3_augmented, "SHARES", shares)
+    with pytest.raises(arguments.UsageError, match=problem):
+        part3_augmented.augment(photos[:16] / 255, torch.Generator().manual_seed(0), 0)
+    for fits in (("noise", "color"), ("noise",), ()):
+        part3_augmented.augment(photos[:16] / 255, torch.Generator().manual_seed(0), 0, fits)
