@@ -21,7 +21,6 @@ from attacks import fgsm as fgsm
 from attacks import fgsm_direction as fgsm_direction
 from attacks import pgd as pgd
 from checkpoints import weights_hash as weights_hash
-from graphs import RecordedTraining
 from metrics import class_means
 from perturbations import FAMILY
 from perturbations import NO_SEVERITY as NO_SEVERITY
@@ -96,10 +95,10 @@ class Amp:
         return torch.autocast(self.device.type, dtype, enabled=self.dtype is not None)
 
     def step(self, loss, optimizer):
+        optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
 
 @functools.lru_cache
@@ -458,14 +457,6 @@ class WeightAverage:
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         self.steps = state["steps"]
-
-
-def accelerate(model, device, compiled):
-    """Speeds up the backbone's training: compiled, or on a GPU recorded as CUDA graphs."""
-    if compiled:
-        compile_backbone(model, device)
-    elif device.type == "cuda":
-        model.backbone.forward = RecordedTraining(model.backbone)
 
 
 def compile_backbone(model, device, **options):

@@ -1,11 +1,8 @@
 """Muon (Jordan et al. 2024): SGD whose steps are orthogonal matrices, for the convolutions."""
 
-from graphs import RecordedStep
-
 import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the published coefficients
-NUMBERS = ("lr", "momentum", "weight_decay")  # of a group of parameters, and may change
 ITERATIONS = 3  # published: 5; the best trial (benchmarks/recipes.md) had 3, which are faster
 
 
@@ -31,52 +28,29 @@ class Muon(torch.optim.Optimizer):
                   {"params": others, "orthogonal": False}]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.recorded = None  # on a GPU: the step as a graph
-        self.warm = False  # the first step creates the momenta, and loads what a graph may not
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.recorded = None  # it reads the momenta before
-        self.warm = False
 
     @torch.no_grad()
     def step(self):
-        gradients = {weights: weights.grad for group in self.param_groups
-                     for weights in group["params"] if weights.grad is not None}
-        device = self.param_groups[0]["params"][0].device
-        numbers = [torch.full((), group[key], device=device)
-                   for group in self.param_groups for key in NUMBERS]
-        if not self.warm or device.type != "cuda" or gradients.keys() - self.state.keys():
-            self.update(gradients, numbers)
-            self.warm = True
-            return
-        if self.recorded is None or self.recorded.gradients.keys() != gradients.keys():
-            self.recorded = RecordedStep(self.update, gradients, numbers)
-        self.recorded(gradients, numbers)
-
-    def update(self, gradients, numbers):
-        """One step. gradients: {weights: gradient}; numbers: NUMBERS of both groups, tensors ()."""
-        for i, group in enumerate(self.param_groups):
-            lr, keep, weight_decay = numbers[3 * i : 3 * i + 3]
+        for group in self.param_groups:
             for weights in group["params"]:
-                if weights not in gradients:
+                if weights.grad is None:
                     continue
-                gradient = gradients[weights]
+                gradient = weights.grad
                 if not group["orthogonal"]:
-                    gradient = torch.addcmul(gradient, weights, weight_decay)
+                    gradient = gradient.add(weights, alpha=group["weight_decay"])
                 state = self.state[weights]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(weights)
                 momentum = state["momentum"]
-                torch.addcmul(gradient, momentum, keep, out=momentum)
-                step = torch.addcmul(gradient, momentum, keep)  # Nesterov's
+                torch.add(gradient, momentum, alpha=group["momentum"], out=momentum)
+                step = torch.add(gradient, momentum, alpha=group["momentum"])  # Nesterov's
                 if group["orthogonal"]:
                     matrix = step.permute(0, 2, 3, 1).flatten(1)  # (C',kkC), without a copy
                     weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())
                     matrix = orthogonalized(matrix.to(self.dtype)).to(weights.dtype)
                     n, channels, height, width = weights.shape
                     step = matrix.view(n, height, width, channels).permute(0, 3, 1, 2)
-                weights.addcmul_(step, lr, value=-1)
+                weights.add_(step, alpha=-group["lr"])
 
 
 def orthogonalized(matrix, iterations=ITERATIONS):
@@ -89,13 +63,14 @@ def orthogonalized(matrix, iterations=ITERATIONS):
     """
     x = matrix if len(matrix) <= matrix.shape[1] else matrix.T  # the smaller product
     x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
-    gram = x @ x.T
-    product = factor = polynomial(gram)
-    for _ in range(iterations - 1):
-        gram = factor @ gram @ factor  # of factor X
-        factor = polynomial(gram)
-        product = factor @ product
-    x = product @ x
+    for done in range(0, iterations, 3):  # after three a new G: its rounding in bf16 grows
+        gram = x @ x.T
+        product = factor = polynomial(gram)
+        for _ in range(min(3, iterations - done) - 1):
+            gram = factor @ gram @ factor  # of factor X
+            factor = polynomial(gram)
+            product = factor @ product
+        x = product @ x
     return x if len(matrix) <= matrix.shape[1] else x.T
 
 

@@ -54,7 +54,8 @@ def main(argv=None):
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9
     average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
-    common.accelerate(model, device, args.compile)
+    if args.compile:
+        common.compile_backbone(model, device)
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler,
              "scaler": amp.scaler}
@@ -68,7 +69,7 @@ def main(argv=None):
             with amp.autocast():
                 logits = model(images)  # (B, classes)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-            amp.step(loss, optimizer)  # backward, step, zero_grad
+            amp.step(loss, optimizer)  # zero_grad, backward, step
             scheduler.step()
             average.update(model)
             meter.add(loss, labels, logits)

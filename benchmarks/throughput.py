@@ -84,7 +84,6 @@ def main():
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)
     average = common.WeightAverage(fast_net, power=12)
-    common.accelerate(fast_net, device, compiled=False)
     on_device, y_device = images.to(device), labels.to(device)
     step_number = itertools.count()
 
