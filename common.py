@@ -375,7 +375,8 @@ class SideBySide(nn.Conv2d):
         self.weight = conv.weight
 
     def forward(self, images):
-        if AMX and images.dtype == torch.bfloat16 and images.shape[3] <= 4 * self.stride[1]:
+        small = images.shape[3] <= 4 * self.stride[1]
+        if AMX and small and images.dtype == torch.bfloat16 and images.device.type == "cpu":
             return self.wide(images)
         return super().forward(images)
 

@@ -105,6 +105,15 @@ def test_side_by_side_in_bf16_is_as_near_to_float32(small_model, photos, monkeyp
     assert errors[1] < 1.5 * errors[0] + 1e-3 * exact.abs().max()
 
 
+def test_images_lie_side_by_side_on_a_cpu_alone(monkeypatch):
+    monkeypatch.setattr(common, "AMX", True)
+    monkeypatch.setattr(common.SideBySide, "wide", lambda *arguments: "wide")
+    convolution = common.SideBySide(nn.Conv2d(7, 5, 3, 1, 1, bias=False)).bfloat16()
+    assert convolution(torch.zeros(2, 7, 4, 4, dtype=torch.bfloat16)) == "wide"
+    elsewhere = convolution.to("meta")(torch.zeros(2, 7, 4, 4, dtype=torch.bfloat16, device="meta"))
+    assert elsewhere.shape == (2, 5, 4, 4)
+
+
 def test_weights_do_not_depend_on_the_processor(monkeypatch):
     hashes = set()
     for amx in (False, True):
