@@ -89,10 +89,10 @@ def check_shares(families):
             raise arguments.UsageError(f"SHARES in part3_augmented.py has no share for the family "
                                        f"{family!r}; add it there, or hold the family out in "
                                        "common.HELD_OUT_FAMILIES")
-    total = sum(SHARES[family] for family in families)
-    if total > 16:
-        raise arguments.UsageError(f"SHARES in part3_augmented.py perturb {total} of 16 images; "
-                                   "make them 16 or less")
+    shares = [SHARES[family] for family in families]
+    if sum(shares) > 16 or any(share < 0 for share in shares):
+        raise arguments.UsageError(f"SHARES in part3_augmented.py are {shares} of 16 images; none "
+                                   "can be below 0, nor all together above 16")
 
 
 def members(family):

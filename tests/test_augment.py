@@ -117,10 +117,11 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
 
 @pytest.mark.parametrize(("shares", "problem"), [
     ({"noise": 1, "color": 1}, "no share for the family 'geometry'"),
-    ({"noise": 8, "color": 4, "geometry": 5}, "perturb 17 of 16 images")])
+    ({"noise": 8, "color": 4, "geometry": 5}, "above 16"),
+    ({"noise": -1, "color": 4, "geometry": 4}, "below 0")])
 def test_shares_that_do_not_fit_are_refused(shares, problem, monkeypatch, photos):
     monkeypatch.setattr(part3_augmented, "SHARES", shares)
     with pytest.raises(arguments.UsageError, match=problem):
         part3_augmented.augment(photos[:16] / 255, torch.Generator().manual_seed(0), 0)
-    for fits in (("noise", "color"), ("noise",), ()):
+    for fits in (("color",), ()):
         part3_augmented.augment(photos[:16] / 255, torch.Generator().manual_seed(0), 0, fits)
