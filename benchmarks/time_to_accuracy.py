@@ -29,6 +29,7 @@ import report
 
 import torch
 import torch.nn.functional as F
+from throughput import processor
 from torchvision import transforms
 
 EVALUATED = 10_000  # images of the evaluation split, at most
@@ -130,10 +131,14 @@ def measure(recipe, usual_epochs, arguments):
         start = now()
         part3_augmented.main([*arguments, "--results-dir", folder, "--no-part2"])
     caption = (f"{data.name}: {len(split.train_labels):,} training images, tested on {len(some):,} "
-               f"of the evaluation split. {report.device_name(device)}, "
+               f"of the evaluation split. {machine(device)}, "
                f"{torch.get_num_threads()} threads, mixed precision of ours: {amp.name}, torch "
                f"{torch.__version__}. One training.")
     return rows, caption
+
+
+def machine(device):
+    return report.device_name(device) if device.type == "cuda" else processor()
 
 
 def markdown(rows, caption):
@@ -155,14 +160,16 @@ def markdown(rows, caption):
 
 def draw(path, rows, caption):
     figure = plots.new_figure(2.8)
-    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("images", "minutes"), strict=True):
-        for name, color in COLORS.items():
-            mine = [row for row in rows if row["training"] == name]
-            axes.plot([row[key] for row in mine], [100 * row["accuracy"] for row in mine],
-                      color=color, marker="o", markersize=3, label=name)
-        axes.set(xlabel="training images" if key == "images" else "minutes of training")
-    axes.legend()
-    figure.axes[0].set_ylabel("evaluation accuracy (%)")
+    by_images, by_minutes = figure.subplots(1, 2, sharey=True)
+    for name, color in COLORS.items():
+        mine = [row for row in rows if row["training"] == name]
+        accuracy = [100 * row["accuracy"] for row in mine]
+        look = {"color": color, "marker": "o", "markersize": 3, "label": name}
+        by_images.plot([row["images"] / 1000 for row in mine], accuracy, **look)
+        by_minutes.plot([row["minutes"] for row in mine], accuracy, **look)
+    by_images.set(xlabel="training images (thousands)", ylabel="evaluation accuracy (%)")
+    by_minutes.set(xlabel="minutes of training")
+    by_minutes.legend()
     plots.save(figure, path, caption)
 
 
