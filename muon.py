@@ -67,7 +67,7 @@ def orthogonalized(matrix, iterations=ITERATIONS):
         gram = x @ x.T
         product = factor = polynomial(gram)
         for _ in range(min(3, iterations - done) - 1):
-            gram = factor @ gram @ factor  # of factor X
+            gram = factor @ gram @ factor  # the G of factor X
             factor = polynomial(gram)
             product = factor @ product
         x = product @ x

@@ -39,6 +39,7 @@ def parse_args(argv=None):
     if "none" in args.families and len(args.families) > 1:
         parser.error("argument --families: none stands alone")
     args.families = tuple(name for name in common.SEEN_FAMILIES if name in args.families)
+    arguments.check_shares(SHARES, args.families)
     return args
 
 
@@ -65,7 +66,6 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
     color, the next one of geometry (SHARES), each step another of the family's perturbations; when
     all had their turn, the next severity.
     """
-    check_shares(families)
     images = crop_and_flip(images, generator)
     start = 0
     share = 0
@@ -80,19 +80,6 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
             images[start:end] = perturb(images[start:end], severity, generator)
         start = end
     return images
-
-
-def check_shares(families):
-    """Raises UsageError where SHARES does not fit the families to train on."""
-    for family in families:
-        if family not in SHARES:
-            raise arguments.UsageError(f"SHARES in part3_augmented.py has no share for the family "
-                                       f"{family!r}; add it there, or hold the family out in "
-                                       "common.HELD_OUT_FAMILIES")
-    shares = [SHARES[family] for family in families]
-    if sum(shares) > 16 or any(share < 0 for share in shares):
-        raise arguments.UsageError(f"SHARES in part3_augmented.py are {shares} of 16 images; none "
-                                   "can be below 0, nor all together above 16")
 
 
 def members(family):

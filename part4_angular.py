@@ -28,7 +28,7 @@ import muon
 import part2_robustness
 import report
 import summary
-from part3_augmented import augment
+from part3_augmented import SHARES, augment
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ def parse_args(argv=None):
                      f"found {args.margin}")
     if args.proxies and args.loss != "angular":
         parser.error(f"argument --proxies: {args.loss} learns proxies anyway; leave it out")
+    if args.augment:
+        arguments.check_shares(SHARES, common.SEEN_FAMILIES)
     return args
 
 

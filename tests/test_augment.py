@@ -116,12 +116,13 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
 
 
 @pytest.mark.parametrize(("shares", "problem"), [
-    ({"noise": 1, "color": 1}, "no share for the family 'geometry'"),
+    ({"noise": 1, "color": 1}, "no share for 'geometry'"),
     ({"noise": 8, "color": 4, "geometry": 5}, "above 16"),
     ({"noise": -1, "color": 4, "geometry": 4}, "below 0")])
-def test_shares_that_do_not_fit_are_refused(shares, problem, monkeypatch, photos):
-    monkeypatch.setattr(part3_augmented, "SHARES", shares)
+@pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
+def test_shares_that_do_not_fit_are_refused(shares, problem, part, flags, monkeypatch):
+    monkeypatch.setattr(part, "SHARES", shares)
     with pytest.raises(arguments.UsageError, match=problem):
-        part3_augmented.augment(photos[:16] / 255, torch.Generator().manual_seed(0), 0)
-    for fits in (("color",), ()):
-        part3_augmented.augment(photos[:16] / 255, torch.Generator().manual_seed(0), 0, fits)
+        part.parse_args(flags)
+    part3_augmented.parse_args(["--families", "color"])
+    part4_angular.parse_args([])
