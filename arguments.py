@@ -82,7 +82,7 @@ def add_shared(parser):
         help="mixed precision; auto: bf16 where the processor has it (on other CPUs a short trial "
              "decides), fp16 on older CUDA")
     add("--compile", action="store_true",
-        help="torch.compile the network: half a minute once, then faster on GPUs and bf16 CPUs")
+        help="torch.compile the network: half a minute once, then faster on GPUs and AMX CPUs")
     add("--umap-points", type=number(int, 50, 100_000), default=1000,
         help="images in each UMAP panel")
     add("--no-umap", action="store_true", help="draw no UMAP")
