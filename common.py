@@ -105,7 +105,7 @@ class Amp:
 def fastest_precision(device):
     """ "bf16", "fp16" or "off". Timed on CPUs without bf16: some emulate it, 4-16 times slower."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type != "cpu":
         return "off"
     if AMX or CPU.get("avx512_bf16"):

@@ -132,11 +132,11 @@ def main():
 
     def seconds(work, *arguments):
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         work(*arguments)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     work = [("training, part 1", True, False), ("training, part 3", True, True),
@@ -192,8 +192,8 @@ def main():
     gpu = ""
     name = f"{torch.get_num_threads()} cores, {processor()}"
     if device.type == "cuda":
-        gpu = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
-        name = torch.cuda.get_device_name()
+        gpu = f"; {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB on the GPU"
+        name = torch.cuda.get_device_name(device)
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=amp.dtype or torch.float32)
     b = torch.randn_like(a)

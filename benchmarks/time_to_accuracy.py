@@ -101,7 +101,7 @@ def measure(recipe, usual_epochs, arguments):
 
     def now():
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() / 60
 
     def test(name, epoch, model):

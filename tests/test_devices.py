@@ -114,6 +114,14 @@ def test_where_the_processor_has_bf16_no_trial_decides(monkeypatch, amx, has):
     assert common.fastest_precision.__wrapped__(torch.device("cpu")) == "bf16"
 
 
+def test_each_gpu_is_asked_for_its_own_precision(monkeypatch):
+    capabilities = {0: (9, 0), 1: (7, 5), 2: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability",
+                        lambda device: capabilities[device.index])
+    found = [common.fastest_precision.__wrapped__(torch.device("cuda", i)) for i in range(3)]
+    assert found == ["bf16", "fp16", "bf16"]
+
+
 def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
     def measured_anew(device):
         raise AssertionError("measured anew")
