@@ -7,7 +7,7 @@ from typing import NamedTuple
 import common
 import metrics
 import report
-from comparison import HELD_OUT, SEEN, TEST, pairs, right, spoken, verdict
+from comparison import HELD_OUT, JPEG_NOTE, SEEN, TEST, pairs, right, spoken, verdict
 from pages import escape, markdown_table
 
 import numpy as np
@@ -74,23 +74,26 @@ def gap_claim(part):
 
 
 def perturbation_claim(part, table):
-    """That perturbations cost accuracy, on the same images (JPEG of JPEG left out)."""
-    perturbed = mean_right(part, keys_of(table, "yes") | keys_of(table, "no"))
+    """That perturbations cost accuracy, on the same images: all of them, as in mPC."""
+    perturbed = mean_right(part, keys_of(table, "yes", "no", JPEG_NOTE))
     clean = right(part, ("test", "clean", ""))
     if perturbed is None or clean is None or len(perturbed) != len(clean):
         return []
-    change = metrics.paired_difference(perturbed, clean)
-    outcome = OUTCOMES.get(verdict(change.p_value, -change.mean), "not resolved")
+    change = metrics.paired_difference(clean, perturbed)
+    outcome = OUTCOMES.get(verdict(change.p_value, change.mean), "not resolved")
     return [Claim(f"Perturbations cost {part.title} accuracy",
                   f"{over_images(change)}, p {probability(change.p_value)}",
                   f"this network: {outcome}", f"{report.robustness_name(part.name)}.csv")]
 
 
-def keys_of(table, note):
-    """{condition: [(split, condition, severity)]} of the perturbations of one in_part3_training."""
+def keys_of(table, *notes):
+    """{condition: [(split, condition, severity)]} of the perturbations of these notes.
+
+    A note is what `comparison.in_training` says of a perturbation.
+    """
     keys = {}
     for row in table:
-        if row["in_part3_training"] == note:
+        if row["in_part3_training"] in notes:
             key = row["split"], row["condition"], row["severity"]
             keys.setdefault(row["condition"], {})[key] = None  # a dict: each once, in order
     return keys
