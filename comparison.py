@@ -12,7 +12,7 @@ from pages import escape, markdown_table
 
 import numpy as np
 
-ALPHA = 0.05  # of Holm's correction over one table
+ALPHA = 0.05  # after Holm's correction
 REFERENCES = {"part3": ("part1", "part3_crop_flip"), "part3_crop_flip": ("part1",),
               "part4": ("part1",), "part4_proxies": ("part1",), "part4_augmented": ("part3",),
               "part4_proxies_augmented": ("part3",)}  # what a part is compared with
@@ -232,9 +232,9 @@ def network_tests(study):
     """The rows of comparison.csv: one a condition, part and reference.
 
     Adds to those of `measured`, without training images: reference, difference (fraction), p_holm
-    (McNemar's exact test on the same images, Holm's correction over all conditions of this part and
-    reference) and verdict: "better", "worse" or "no difference shown", each of these networks
-    alone, or "not tested" and why.
+    (McNemar's exact test on the same images, Holm's correction over this part and reference, clean
+    images and perturbations counted apart) and verdict: "better", "worse" or "no difference shown",
+    each of these networks alone, or "not tested" and why.
     """
     mine = {name: [] for name in study.parts}
     for row in measured(study):
@@ -255,8 +255,7 @@ def against(part, reference, mine):
     """The rows `mine` of a part with the test against a reference."""
     theirs = reference.accuracies
     results = []
-    tested = []
-    p_values = []
+    tested = {"clean": [], "perturbed": []}  # (result, p-value)
     for row in mine:
         key = row["split"], row["condition"], row["severity"]
         other = theirs.get(key)
@@ -274,12 +273,14 @@ def against(part, reference, mine):
             elif ours_right is None or theirs_right is None:
                 result["verdict"] = "not tested: which images are right is not known of both"
             else:
-                tested.append(result)
-                p_values.append(metrics.mcnemar(ours_right, theirs_right))
+                group = "perturbed" if is_perturbed(row) else "clean"
+                tested[group].append((result, metrics.mcnemar(ours_right, theirs_right)))
         results.append(result)
-    for result, p_value in zip(tested, metrics.holm(p_values), strict=True):
-        result["p_holm"] = float(p_value)
-        result["verdict"] = verdict(p_value, result["difference"]) or "no difference shown"
+    for found in tested.values():
+        corrected = metrics.holm([p_value for _, p_value in found])
+        for (result, _), p_holm in zip(found, corrected, strict=True):
+            result["p_holm"] = float(p_holm)
+            result["verdict"] = verdict(p_holm, result["difference"]) or "no difference shown"
     return results
 
 

@@ -6,9 +6,9 @@ other seeds or other splits, this writes trainings.csv, .md and .html beside the
 
     python summary.py results/seed1 results/seed2 results/seed3
 
-One training speaks of one network: McNemar's exact test on the same images, Holm-corrected over all
-conditions. Several trainings speak of a method: Student's t on the paired differences over
-trainings, Holm-corrected over each table.
+One training speaks of one network: McNemar's exact test on the same images. Several trainings speak
+of a method: Student's t on the paired differences over trainings. Both are Holm-corrected over what
+one part and its reference share, clean images, perturbations and attacks counted apart.
 """
 
 import math
@@ -243,11 +243,11 @@ def missing(study):
 
 TESTED = (
     "All this is of these networks, not of other seeds. `comparison.csv` has every severity, with "
-    "n, intervals and tests: McNemar's exact test on the same images, Holm-corrected over all "
-    "conditions of a part and its reference; \"better\" and \"worse\" where "
-    f"p < {comparison.ALPHA}. Of means, the claims give Student's interval over the images, with p "
-    "corrected over the two means. Attacks are compared over several trainings alone (`python "
-    "summary.py FOLDER FOLDER …`), since one seed moves them far.")
+    "n, intervals and tests: McNemar's exact test on the same images, Holm-corrected over a part "
+    "and its reference, clean images and perturbations counted apart; \"better\" and \"worse\" "
+    f"where p < {comparison.ALPHA}. Of means, the claims give Student's interval over the images, "
+    "with p corrected over the two means. Attacks are compared over several trainings alone "
+    "(`python summary.py FOLDER FOLDER …`), since one seed moves them far.")
 HEADS = ("`own` is the part's classifier; the others are fitted to the backbone's 512-d output of "
          "the training images alone: nearest class mean, nearest neighbours, linear probe.")
 

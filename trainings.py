@@ -163,17 +163,17 @@ def group_order(line):
 def method_tests(lines, names):
     """The MethodTests of all parts against their references, over what both have.
 
-    Holm's correction is over each pair's table; perturbations (with clean images) and attacks are
-    counted apart.
+    Holm's correction is over each pair's table, clean images, perturbations and attacks counted
+    apart: what is said of clean images does not depend on which perturbations were tried.
     """
     tests = []
     for part, reference in comparison.pairs(names):
-        for groups in (("clean", "perturbed"), ("attacked",)):
+        for group in GROUPS:
             changes = []
             for line in lines:
                 ours, theirs = line.values[part], line.values[reference]
                 both = np.isfinite(ours) & np.isfinite(theirs)
-                if line.group in groups and line.compared and both.any():
+                if line.group == group and line.compared and both.any():
                     change = metrics.paired_difference(ours[both], theirs[both])
                     changes.append((line, change))
             corrected = metrics.holm([change.p_value for _, change in changes])
@@ -282,9 +282,10 @@ def training_text(studies, tables, lines, counts, tests):
             claims.claims_table(claims_of_method(studies, lines, tests)),
             "Differences are paired: of the same seed and split. Intervals and p-values are "
             "Student's over trainings (n - 1 degrees of freedom); p is Holm-corrected over each "
-            "table of one part against one reference, perturbations and attacks counted apart. "
-            f"\"Better\" and \"worse\" are said of a method only where p < {ALPHA}; the rest is "
-            "not resolved with so few trainings, which shows neither a difference nor none."]
+            "table of one part against one reference, clean images, perturbations and attacks "
+            "counted apart. \"Better\" and \"worse\" are said of a method only where "
+            f"p < {ALPHA}; the rest is not resolved with so few trainings, which shows neither a "
+            "difference nor none."]
     for group, title in GROUPS.items():
         body = []
         for line in lines:

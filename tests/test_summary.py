@@ -130,10 +130,12 @@ def test_p_values_can_be_recomputed_from_the_npz_files_alone(tmp_path):
             gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
             p_values[key] = binomtest(gained, gained + lost).pvalue
     corrected = {}
-    largest = 0.0
-    for i, key in enumerate(sorted(p_values, key=p_values.get)):  # Holm, by its definition
-        largest = max(largest, min(1, (len(p_values) - i) * p_values[key]))
-        corrected[key] = largest
+    for clean in (True, False):  # counted apart
+        mine = [key for key in sorted(p_values, key=p_values.get) if ("/clean/" in key) == clean]
+        largest = 0.0
+        for i, key in enumerate(mine):  # Holm, by its definition
+            largest = max(largest, min(1, (len(mine) - i) * p_values[key]))
+            corrected[key] = largest
     with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
         found = {f"{row['split']}/{row['condition']}/{row['severity']}": float(row["p_holm"])
                  for row in csv.DictReader(file) if row["reference"] == "part1"}
@@ -529,11 +531,44 @@ def test_holm_takes_the_verdict_that_one_interval_alone_would_give(tmp_path):
         noise = 0.01 * (-1) ** seed
         rest = perturbed(rotation=0.5, jpeg=0.5, scale=0.5, contrast=0.5)
         more = {key: value + noise for key, value in rest.items()}
+        more |= perturbed(rotation=0.5 + gain)
         folders.append(training(tmp_path, seed, {CLEAN: 0.7} | rest, {CLEAN: 0.7 + gain} | more))
-    row = method(tmp_path, folders)["test set", "part3"]
+    rows = method(tmp_path, folders)
+    row = rows["rotation (geometry)", "part3"]
     assert float(row["ci_low"]) > 0
     assert float(row["p_holm"]) > 0.05
     assert row["verdict"] == "not resolved with 3 trainings"
+    clean = rows["test set", "part3"]  # the same gain, not among the perturbations
+    alone = metrics.paired_difference([0.716, 0.720, 0.724], [0.7, 0.7, 0.7])
+    assert float(clean["p_holm"]) == pytest.approx(alone.p_value, rel=1e-4)
+    assert clean["verdict"] == "better"
+
+
+def test_a_networks_verdict_on_clean_images_does_not_depend_on_part_2(tmp_path):
+    for part, weights, accuracy in (("part1", A, 0.5), ("part3", B, 0.53)):
+        write(run_of(tmp_path, part, part, weights), {CLEAN: accuracy})
+    before = verdicts_of(tmp_path)["clean", ""]
+    two_parts(tmp_path, {"rotation": 0.5, "jpeg": 0.5}, {"rotation": 0.5, "jpeg": 0.5})
+    for part, weights, accuracy in (("part1", A, 0.5), ("part3", B, 0.53)):
+        write(run_of(tmp_path, part, part, weights), {CLEAN: accuracy})
+    after = verdicts_of(tmp_path)["clean", ""]
+    assert after["p_holm"] == before["p_holm"] and float(after["p_holm"]) < 1
+
+
+def test_what_perturbations_cost_is_one_quantity_for_one_and_for_several_trainings(tmp_path):
+    """The accuracy on clean images without mPC, which has JPEG in it on the JPEG copy, too."""
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        names = (f"{seed:011x}1", seed, f"{seed:012x}")
+        write(run_of(folder, "part1", "part1", *names, dataset=comparison.JPEG_COPY), {CLEAN: 0.9})
+        write(run_of(folder, "part2", "part1", *names, dataset=comparison.JPEG_COPY),
+              perturbed(jpeg=0.8, rotation=0.6, pixelate=0.4))
+        folders.append(folder)
+        assert "accuracy | +30.0 points" in text_of(folder)  # 0.9 - (0.8 + 0.6 + 0.4) / 3
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert re.search(r"Perturbations cost part1 \(cross-entropy\) accuracy \| \+30\.0 points", text)
 
 
 @pytest.mark.parametrize("again", [(0.202, 0.153, 0.018, 0.006), (0.16, 0.19, 0.007, 0.012)])
