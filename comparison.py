@@ -8,6 +8,7 @@ import common
 import metrics
 import report
 from arguments import UsageError
+from datasets import JPEG_COPY
 from pages import escape, markdown_table
 
 import numpy as np
@@ -19,7 +20,6 @@ REFERENCES = {"part3": ("part1", "part3_crop_flip"), "part3_crop_flip": ("part1"
 ATTACKS = ("fgsm", "pgd", "random", "worst_case")  # how the names of attacks begin
 SWEPT = ("fgsm", "fgsm_l2", "worst_case", "worst_case_l2")  # shown at every eps
 ACRONYMS = {"fgsm": "FGSM", "pgd": "PGD", "l2": "L2", "jpeg": "JPEG", "part1": "part 1"}
-JPEG_COPY = "CIFAR-10 (JPEG copy)"  # whose training images have been compressed already
 JPEG_NOTE = "training images are JPEG"
 SEEN = "mean, perturbations of seen families"
 HELD_OUT = "mean, perturbations of held-out families"
@@ -421,6 +421,8 @@ def attack_lines(table, names):
 
 def spoken(name):
     """A condition's name as a person reads it, escaped."""
+    name = name.replace("worst_case_audit", "worst of all attacks")  # of each image
+    name = name.replace("worst_case", "worst of one-step attacks")
     return escape(" ".join(ACRONYMS.get(word, word) for word in name.split("_")))
 
 

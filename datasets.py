@@ -15,6 +15,7 @@ import numpy as np
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
                    "truck")
+JPEG_COPY = "CIFAR-10 (JPEG copy)"  # whose training images have been compressed already
 SIZE = 32  # side of every image, pixels
 DIGITS_SIZE = 16  # of scikit-learn's digits, which are 8×8: a demonstration in minutes
 
@@ -81,7 +82,7 @@ def folder(data_dir):
     """The image files of DIR/train/<class>/** and DIR/test/<class>/**, resized to 32×32."""
     tree = image_folder.read_tree(Path(data_dir), SIZE)
     name = image_folder.text_of(Path(data_dir).resolve().name)
-    name = "CIFAR-10 (JPEG copy)" if name == "cifar10-jpg" else f"folder {name}"
+    name = JPEG_COPY if name == "cifar10-jpg" else f"folder {name}"
     return Arrays(name, *tree)
 
 

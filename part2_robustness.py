@@ -182,7 +182,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
     """Accuracy and calibration on the whole test set, clean and under every perturbation."""
     images, labels = data.test_images, data.test_labels  # uint8 (N,3,S,S), int64 (N,)
     umap_idx = attack_idx[common.evenly_spaced(len(attack_idx), args.umap_points)]
-    example_idx = attack_idx[common.evenly_spaced(len(attack_idx), EXAMPLES)]
+    example_idx = attack_idx[of_all_classes(labels[attack_idx])]
     of_umap = clean.features[umap_idx]
     panel = report.Panel("clean", "test", "clean", "", of_umap, labels[umap_idx], of_umap)
     tested = Tested([], {}, [panel], [("clean", images[example_idx])])
@@ -228,6 +228,12 @@ def list_conditions(names, severities):
         else:
             conditions += [(name, severity) for severity in severities]
     return conditions
+
+
+def of_all_classes(labels):
+    """Positions of EXAMPLES images, evenly spaced over their order by class."""
+    by_class = labels.cpu().argsort(stable=True)
+    return by_class[common.evenly_spaced(len(labels), EXAMPLES)]
 
 
 def record(tested, run, condition, severity, predicted, labels, calibration_error):
@@ -291,7 +297,7 @@ def attack(args, run, model, images, labels, part1=None):
         size = (adversarial - images).flatten(1).norm(p_norm(args.norm), dim=1).max().item()
         excess = max(excess, size - eps)
         if name == names.fgsm:
-            some = common.evenly_spaced(len(labels), EXAMPLES)
+            some = of_all_classes(labels)
             examples.append((f"FGSM {eps_255:g}/255", adversarial[some]))
     for eps_255 in report.progress(audited, "PGD"):
         for name, victim in ((names.pgd, model), (f"{names.pgd}_unit", common.UnitLogits(model))):

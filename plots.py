@@ -17,6 +17,7 @@ from typing import NamedTuple
 from arguments import RunError
 from checkpoints import atomic
 from common import HELD_OUT_FAMILIES, few_sizes
+from datasets import JPEG_COPY
 from metrics import wilson_interval
 from perturbations import FAMILY
 
@@ -58,7 +59,7 @@ ATTACK = {  # by condition; in the L2 norm, "_l2" follows the first word
     "fgsm_targeted": Look("FGSM, least likely class", "#4FA82E", "D", "--"),
     "fgsm_from_part1": Look("FGSM, made on part 1", "#005500", "v", "--"),
     "pgd": Look("PGD", "#2A156A", "^", ""),  # at few eps: a line between them would be a guess
-    "worst_case": Look("worst case of each image", "#000000", "*", ":"),
+    "worst_case": Look("worst one-step attack of each image", "#000000", "*", ":"),
     "random": Look("random noise of the same size", "#777777", "s", "-"),
 }
 SEVERITY_COLORS = {"1": "#C9B799", "2": "#AA9373", "3": "#8A7355", "4": "#614C32", "5": "#3A2914"}
@@ -179,7 +180,7 @@ def legend(figure, handles, labels):
     # matplotlib before 3.10 leaves out labels that begin with an underscore
     labels = [f" {label}" if label.startswith("_") else label for label in labels]
     for lines in range(1, len(labels) + 1):
-        columns = [labels[i : i + lines] for i in range(0, len(labels), lines)]
+        columns = np.array_split(labels, math.ceil(len(labels) / lines))  # as matplotlib does
         if sum(9 + max(map(cells, column)) for column in columns) <= 17 * WIDTH:
             break
     figure.set_figheight(figure.get_figheight() + 0.17 * lines)
@@ -204,8 +205,11 @@ def array(values):
 
 
 @guarded
-def history(path, history, run):
-    """Curves of the training. history: dicts of epoch, loss, train_accuracy, eval_accuracy."""
+def history(path, history, run, measured=None):
+    """Curves of the training. history: dicts of epoch, loss, train_accuracy, eval_accuracy.
+
+    measured: the accuracy on all evaluation images in the end, a fraction.
+    """
     figure = new_figure(2.6)
     left, right = figure.subplots(1, 2)
     epochs = [h["epoch"] for h in history]
@@ -224,6 +228,11 @@ def history(path, history, run):
         handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
         right.fill_between(*bounds.T, color=color, alpha=0.15, linewidth=0)
         labels.append(f"{n} evaluation images, averaged weights")
+        if measured is not None and n < run.sizes["evaluation"]:
+            handles += right.plot(epochs[-1:], [100 * measured], color=color, marker="D",
+                                  linestyle="", clip_on=False)
+            labels.append(f"all {run.sizes['evaluation']:,}")
+            bounds = np.append(bounds, [[epochs[-1], *[100 * measured] * 2]], 0)
     left.set_ylabel("training loss")
     right.set(ylabel="accuracy (%)", ylim=room([*accuracies.flat, *bounds[:, 1:].flat]))
     for axes in (left, right):
@@ -231,8 +240,9 @@ def history(path, history, run):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
     legend(figure, handles, labels)
-    save(figure, path, f"{described(run)} Training loss and accuracy are means over each epoch's "
-         "batches; no evaluation image is ever trained on. Band: 95 % interval.")
+    means = "loss and accuracy are" if np.isfinite(accuracies[:, 0]).any() else "loss is"
+    save(figure, path, f"{described(run)} Training {means} of each epoch's batches; no evaluation "
+         "image is ever trained on. Band: 95 % interval.")
 
 
 # ---- clean test images --------------------------------------------------------------------------
@@ -284,8 +294,9 @@ def write_shares(axes, share, largest):
     """Writes every share (percent) that rounds to at least 1 into its cell."""
     for (true, predicted), value in np.ndenumerate(share):
         right = true == predicted
-        if value >= 0.5:
-            axes.text(predicted, true, f"{value:.0f}", ha="center", va="center", fontsize=SMALL,
+        rounded = int(value + 0.5)
+        if rounded:
+            axes.text(predicted, true, rounded, ha="center", va="center", fontsize=SMALL,
                       fontweight="bold" if right else "normal",
                       color="white" if value > 0.65 * largest and not right else "black")
 
@@ -492,17 +503,25 @@ def severities(path, rows, run):
         labels.append(f"severity {severity}" if severity else "without severity")
     axes.set_xlim(room(np.concatenate([clean, in_percent(rows)])))
     legend(figure, handles, labels)
-    save(figure, path, f"{described(run)} Test images, {n_of(rows)}, with 95 % intervals. Held "
-         "out: no part trains on it.")
+    save(figure, path, f"{described(run)} Test images, {n_of(rows)}, with 95 % intervals. "
+         f"{held_out_note(run.dataset, rows)}")
 
 
-def draw_over_eps(axes, curves, norm, key="value"):
+def held_out_note(dataset, rows):
+    note = "Held out: no part trains on it"
+    if dataset.startswith(JPEG_COPY) and where(rows, condition="jpeg"):
+        note += " (but all images of this copy are JPEG)"
+    return f"{note}."
+
+
+def draw_over_eps(axes, curves, norm, key="value", width=0):
     """Draws curves [(rows, Look)], every eps at its rank, so that 0, 1, 2, 4, 8, 16 stand evenly.
 
-    Returns the artists.
+    width: over how much of an eps's room the curves are shifted, so that no interval covers
+    another.  Returns the artists.
     """
     eps = sorted({float(r["severity"]) for rows, _ in curves for r in rows})
-    shifts = np.linspace(-0.08, 0.08, len(curves))  # so that no interval covers another
+    shifts = np.linspace(-width / 2, width / 2, len(curves))
     artists = []
     drawn = []
     for (rows, look), shift in zip(curves, shifts, strict=True):
@@ -531,13 +550,17 @@ def attack(path, rows, run, norm, failed_audits):
             curves.append((mine, look))
             labels.append(f"{look.label}, {n_of(mine)}")
     figure = new_figure(3.3)
-    artists = draw_over_eps(figure.subplots(), curves, "L2" if l2 else "L∞")
-    legend(figure, artists, labels)
+    axes = figure.subplots()
+    artists = draw_over_eps(axes, curves, "L2" if l2 else "L∞")
+    guessing = 100 / len(run.classes)
+    artists.append(axes.axhline(guessing, color=NEUTRAL, linewidth=0.8, linestyle="-.", zorder=0))
+    legend(figure, artists, [*labels, f"guessing, {guessing:.0f} %"])
     verdict = "All audits of the attack pass."
     if failed_audits:
-        verdict = f"AUDIT FAILED: {plain('; '.join(failed_audits), 400)}."
+        failed = plain("; ".join(failed_audits), 400)
+        verdict = f"AUDIT FAILED, this should hold and does not: {failed}."
     save(figure, path, f"{described(run)} Attacked test images in float32, true labels where not "
-         f"said otherwise, with 95 % intervals. {verdict}")
+         f"said otherwise, with 95 % intervals; eps stand evenly. {verdict}")
 
 
 def attack_name(condition, l2):
@@ -562,7 +585,7 @@ def comparison(path, table, names):
     widths = [1.25] * len(columns)
     if fgsm:
         widths.append(1)
-    figure = new_figure(min(max(0.26 * total + 0.8, 2), 0.8 * WIDTH))
+    figure = new_figure(min(max(max(0.26, 0.07 * len(names)) * total + 0.8, 2), 0.68 * WIDTH))
     all_axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     looks = {part: Look("", PART_COLORS[part], PART_MARKERS[part], "-") for part in names}
     offsets = np.linspace(-0.33, 0.33, len(names)) if len(names) > 1 else [0]
@@ -580,7 +603,7 @@ def comparison(path, table, names):
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if fgsm:
         curves = [(where(fgsm, part=part), look) for part, look in looks.items()]
-        draw_over_eps(all_axes[-1], curves, norm, "accuracy")
+        draw_over_eps(all_axes[-1], curves, norm, "accuracy", 0.16)
         all_axes[-1].set_title("FGSM", fontweight="bold")
     handles = [Line2D([], [], ls="", color=k.color, marker=k.marker) for k in looks.values()]
     legend(figure, handles, [model_name(part, label) for part, label in names.items()])
@@ -608,12 +631,14 @@ def balanced(blocks):
 
 def comparison_caption(perturbed, fgsm):
     severities = sorted({str(r["severity"]) for r in perturbed} - {""})
-    text = f"{plain(perturbed[0]['dataset'], 40)}, test images, {n_of(perturbed)}"
+    text = plain(perturbed[0]["dataset"], 40)
+    text += f", one training each, test images, {n_of(perturbed)}"
     if fgsm:
-        text += f" (FGSM: {n_of(fgsm)})"
+        text += f" (FGSM: {n_of(fgsm)}; eps stand evenly, curves a little shifted)"
     bars = "Bars: 95 % intervals."
     if len(severities) > 1:
         bars = f"Means over severities {', '.join(severities)}; bars: means of the 95 % bounds."
     elif severities:
         bars = f"Severity {severities[0]}. {bars}"
-    return f"{text}. {bars} Held out: no part trains on it."
+    note = held_out_note(perturbed[0]["dataset"], perturbed)
+    return f"{text}. {bars} {note}"

@@ -394,7 +394,7 @@ def finish(run, model, predictions, history, repeated):
     rows += measured
     write_rows(run.path(".csv"), rows)
     retire(run)
-    plots.history(run.path("_history.png"), history, run)
+    plots.history(run.path("_history.png"), history, run, headline(rows)["evaluation"])
     plots.confusion(run.path("_confusion.png"), test.logits.argmax(1), test.labels, run)
     draw_umap(run, panels, measured)
     print_accuracies(f"{run.part} ({run.label}): {len(history)} epochs, averaged weights", rows)
@@ -412,9 +412,10 @@ class Panel(NamedTuple):
     labels: torch.Tensor
     clean_features: torch.Tensor
 
-    @property
-    def k(self):
-        return metrics.neighbours_for(self.labels, not_itself=True)
+
+def shared_k(panels):
+    """How many neighbours all panels can ask, so that their accuracies compare."""
+    return min(metrics.neighbours_for(panel.labels, not_itself=True) for panel in panels)
 
 
 def umap_rows(run, panels):
@@ -423,15 +424,16 @@ def umap_rows(run, panels):
     The neighbour measure asks the clean images of the panel, the image itself left out; where the
     smallest class has one image it is nan.
     """
+    k = shared_k(panels)
     rows = []
     for panel in panels:
         place = (run, panel.split, panel.condition, panel.severity)
         width = metrics.silhouette(panel.features, panel.labels)
-        if panel.k > 0:
-            nearest = metrics.knn_predict(panel.clean_features, panel.labels, panel.features,
-                                          panel.k, not_itself=True)
+        if k > 0:
+            nearest = metrics.knn_predict(panel.clean_features, panel.labels, panel.features, k,
+                                          not_itself=True)
             rows.append(accuracy_row(*place, "knn", nearest, panel.labels,
-                                     f"{panel.k}-NN accuracy in 512-d"))
+                                     f"{k}-NN accuracy in 512-d"))
         else:
             rows.append(row(*place, "knn", "k-NN in 512-d: a class has one image", math.nan,
                             len(panel.labels)))
@@ -456,13 +458,14 @@ def draw_umap(run, panels, measured):
               "stand")
         checkpoints.remove(files, "as of a former run")
         return
+    k = shared_k(panels)
     drawn = []
     start = 0
     for i, panel in enumerate(panels):
         neighbours, silhouette = measured[2 * i], measured[2 * i + 1]
         found = []
-        if panel.k > 0:
-            found.append(f"{panel.k}-NN {percent(neighbours['value'])} %")
+        if k > 0:
+            found.append(f"{k}-NN {percent(neighbours['value'])} %")
         if math.isfinite(silhouette["value"]):
             found.append(f"silhouette {silhouette['value']:.2f}")
         title = f"{panel.title}\n{', '.join(found)}"

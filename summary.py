@@ -201,7 +201,7 @@ def audit_text(study):
     found = claims.audits(study)
     if not found:
         return "No attack was run."
-    failed = [f"- **failed**: {text}" for text, passed in found if not passed]
+    failed = [f"- **does not hold**: {text}" for text, passed in found if not passed]
     return "\n".join([f"{len(found) - len(failed)} of {len(found)} checks passed.\n", *failed])
 
 

@@ -471,6 +471,13 @@ def test_the_confusion_matrix_scales_errors_on_their_own(tmp_path, drawn):
     assert any("(%)" in w and "errors" in w for w in words(figure))
 
 
+def test_shares_round_as_the_reader_does_and_no_cell_says_0(tmp_path, drawn):
+    labels = np.zeros(1000, int)
+    predicted = np.repeat([0, 1, 2, 3], [966, 5, 4, 25])  # 96.6, 0.5, 0.4 and 2.5 %
+    plots.confusion(tmp_path / "x.png", predicted, labels, run_of())
+    assert [t.get_text() for t in drawn["x.png"][0].axes[0].texts] == ["97", "1", "3"]
+
+
 def test_a_class_without_images_leaves_the_confusion_matrix_whole(tmp_path, drawn):
     plots.confusion(tmp_path / "x.png", [0, 0], [0, 0], run_of())
     assert np.isfinite(drawn["x.png"][0].axes[0].images[0].get_array()).all()
@@ -533,6 +540,11 @@ def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, 
     assert {"500 evaluation images, averaged weights", "training batches", "accuracy (%)"} <= set(
         words(drawn["y.png"][0])
     )
+    plots.history(tmp_path / "z.png", HISTORY, run_of(), measured=0.345)
+    axes = drawn["z.png"][0].axes[1]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines
+            if len(line.get_xdata()) == 1] == [(4, 34.5)]
+    assert "all 40,000" in words(drawn["z.png"][0]) and axes.get_ylim()[0] < 34.5
     (band,) = drawn["y.png"][0].axes[1].collections  # Wilson's interval of 200 of 500
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((35.8, 44.4), abs=0.05)
@@ -585,8 +597,27 @@ def test_attacks_are_of_one_norm_and_eps_stand_evenly(norm, name, tmp_path, draw
     assert name in axes.get_xlabel() and "1/255" in axes.get_xlabel()
     values = np.concatenate([c.lines[0].get_ydata() for c in axes.containers])
     assert np.isclose(values, 12.3).all() == (norm == "2")
-    assert "AUDIT FAILED: zero gradients" in caption
+    assert "AUDIT FAILED, this should hold and does not: zero gradients" in caption
     assert sum("n = 100" in w for w in words(figure)) == 1
+    for curve in axes.containers:  # none is shifted: what is stronger stands lower
+        assert set(curve.lines[0].get_xdata()) <= {0, 1, 2, 3, 4, 5}
+    assert "guessing, 10 %" in words(figure)
+
+
+def test_that_all_images_are_jpeg_is_said_where_jpeg_is_held_out(tmp_path, drawn):
+    for dataset, rows, said in (("CIFAR-10 (JPEG copy) (QUICK)", PERTURBED, True),
+                                ("CIFAR-10", PERTURBED, False),
+                                ("CIFAR-10 (JPEG copy)", PERTURBED[:2], False)):
+        plots.severities(tmp_path / "x.png", rows, run_of(dataset=dataset))
+        assert ("all images of this copy are JPEG" in drawn["x.png"][1]) == said
+
+
+@pytest.mark.parametrize("absent", ATTACKS[1:])
+def test_the_legend_fits_whatever_attacks_were_tried(absent, tmp_path, drawn):
+    rows = [r for r in ATTACKED if r["condition"] != absent]
+    plots.attack(tmp_path / "x.png", rows, run_of(), "inf", [])
+    figure, _ = drawn["x.png"]
+    check_readable(figure, tmp_path / "x.png")
 
 
 def test_passed_audits_are_said_and_half_an_eps_has_its_place(tmp_path, drawn):

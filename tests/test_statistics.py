@@ -128,6 +128,16 @@ def test_neighbours_are_no_more_than_the_smallest_class_has():
     assert {row["value"] for row in rows if row["head"] == "knn"} == {1}
 
 
+def test_all_panels_ask_as_many_neighbours():
+    features, labels = two_classes_of_six()
+    some = [*range(3), *range(6, 12)]  # three images of the first class
+    panels = [report.Panel("all", "evaluation", "clean", "", features, labels, features),
+              report.Panel("few", "test", "clean", "", features[some], labels[some],
+                           features[some])]
+    metrics_found = [row["metric"] for row in report.umap_rows(a_run(), panels)]
+    assert metrics_found[::2] == ["2-NN accuracy in 512-d"] * 2
+
+
 def test_a_class_of_one_image_has_no_neighbour_measure():
     features, labels = two_classes_of_six()
     panel = report.Panel("clean", "test", "clean", "", features[:7], labels[:7], features[:7])

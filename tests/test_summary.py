@@ -261,14 +261,14 @@ def test_attacks_are_claimed_against_guessing_and_audits_are_counted(tmp_path):
               extra=audits)
         text = text_of(tmp_path)
         line = next(line for line in text.splitlines() if "does not withstand" in line)
-        assert "guessing (50.0 %) under worst case 8/255" in line
+        assert "guessing (50.0 %) under worst of one-step attacks 8/255" in line
         assert f"**this network: {expected}**" in line
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.6, worst_case_audit=0.4))
     line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
-    assert "under worst case audit 8/255" in line  # PGD is of the audit alone, and the strongest
+    assert "under worst of all attacks 8/255" in line  # with PGD, the strongest
     assert "**this network: supported**" in line
     assert "1 of 2 pass | **contradicted**" in text
-    assert "- **failed**: part1: PGD is stronger" in text
+    assert "- **does not hold**: part1: PGD is stronger" in text
 
 
 # ---- one training: rows of other weights --------------------------------------------------------
