@@ -33,7 +33,9 @@ from throughput import processor
 from torchvision import transforms
 
 EVALUATED = 10_000  # images of the evaluation split, at most
+TITLES = {"usual": "usual: pytorch-cifar's recipe, cosine over its epochs", "ours": "ours: part 3"}
 COLORS = {"usual": "#D55E00", "ours": "#0072B2"}
+MARKERS = {"usual": "s", "ours": "o"}
 
 
 def parse_args():
@@ -133,7 +135,7 @@ def measure(recipe, usual_epochs, arguments):
     caption = (f"{data.name}: {len(split.train_labels):,} training images, tested on {len(some):,} "
                f"of the evaluation split. {machine(device)}, "
                f"{torch.get_num_threads()} threads, mixed precision of ours: {amp.name}, torch "
-               f"{torch.__version__}. One training.")
+               f"{torch.__version__}. One training each.")
     return rows, caption
 
 
@@ -158,18 +160,22 @@ def markdown(rows, caption):
     return "\n".join([*lines, "", text, ""])
 
 
+@plots.guarded
 def draw(path, rows, caption):
     figure = plots.new_figure(2.8)
     by_images, by_minutes = figure.subplots(1, 2, sharey=True)
+    handles = []
     for name, color in COLORS.items():
         mine = [row for row in rows if row["training"] == name]
         accuracy = [100 * row["accuracy"] for row in mine]
-        look = {"color": color, "marker": "o", "markersize": 3, "label": name}
-        by_images.plot([row["images"] / 1000 for row in mine], accuracy, **look)
+        look = {"color": color, "marker": MARKERS[name], "markersize": 3}
+        handles += by_images.plot([row["images"] / 1000 for row in mine], accuracy, **look)
         by_minutes.plot([row["minutes"] for row in mine], accuracy, **look)
     by_images.set(xlabel="training images (thousands)", ylabel="evaluation accuracy (%)")
     by_minutes.set(xlabel="minutes of training")
-    by_minutes.legend()
+    for axes in (by_images, by_minutes):
+        axes.grid(True)
+    plots.legend(figure, handles, [TITLES[name] for name in COLORS])
     plots.save(figure, path, caption)
 
 
