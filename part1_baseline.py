@@ -7,7 +7,8 @@ features an image: the network has seen none of these images.
     python part1_baseline.py
 
 15 epochs: 150,000 images, 21 to 41 minutes on one core of a Xeon with AMX (with --compile).
-Accuracy on 10,000 test images: 77.5 ± 0.1 %, three trainings on three splits (results/reference).
+Accuracy on 10,000 test images: 77.5 ± 0.1 %, mean and standard deviation of three
+trainings on three splits (results/reference).
 
 Writes results/part1.pt, .csv, .json, _history.csv, _correct.npz, and the figures _history.png,
 _confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all parts that are there,

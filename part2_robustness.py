@@ -8,7 +8,8 @@ clean accuracy. Works on the checkpoint of any part.
     python part2_robustness.py --checkpoint results/part1.pt
 
 Part 1 has 67.2 ± 0.1 % in the mean of perturbations (n = 10,000, --severities 1 2 3 4 5), and
-13.1 ± 0.6 % under FGSM at 8/255 (n = 2,000), three trainings on three splits (results/reference).
+13.1 ± 0.6 % under FGSM at 8/255 (n = 2,000), mean and standard deviation of three trainings on
+three splits (results/reference).
 
 Writes results/part2.csv, .json, _correct.npz, and the figures _severities.png, _examples.png,
 _fgsm.png, _adversarial.png, _umap.png (for part 3's checkpoint results/part3_robustness.csv …).

@@ -7,7 +7,8 @@ carry over to them?
     python part3_augmented.py                     (crop and flip alone: --families none)
 
 15 epochs: 150,000 images, 21 to 41 minutes on one core of a Xeon with AMX (with --compile).
-Accuracy on 10,000 test images: 83.9 ± 0.3 %, three trainings on three splits (results/reference).
+Accuracy on 10,000 test images: 83.9 ± 0.3 %, mean and standard deviation of three
+trainings on three splits (results/reference).
 
 Writes what parts 1 and 2 write, as results/part3* and results/part3_robustness*
 (part3_crop_flip* with --families none).
