@@ -145,14 +145,15 @@ def read_part(folder, name, part1, left_out):
         if record and same(f"{file}.json", record["weights"]):
             records[file] = record
     if part1 and made_on not in (part1, "none"):
-        kept = [row for row in part2 if not depends_on_part1(row["condition"])]
+        kept = [row for row in part2 if "from_part1" not in row["condition"] + row["metric"]]
         if len(kept) < len(part2):
             left_out.append(f"{robustness}.csv, attacks with part 1's images: made on weights "
                             f"{made_on}, the part 1 here is of {part1}")
             part2 = kept
-    return Part(name, label(name, records.get(name)), weights, first["seed"], own + part2, correct,
-                records.get(name), records.get(robustness), bool(part2),
-                accuracies_of(own + part2))
+    record = records.get(name)
+    title = report.label(name, record["args"] if record else {})
+    return Part(name, title, weights, first["seed"], own + part2, correct, record,
+                records.get(robustness), bool(part2), accuracies_of(own + part2))
 
 
 def accuracies_of(rows):
@@ -176,19 +177,6 @@ def rows_of_part(folder, file, name, left_out):
     if others:
         left_out.append(f"{file}.csv: rows of {', '.join(others)}, expected {name}")
     return mine
-
-
-def depends_on_part1(condition):
-    """Whether an attack's accuracy depends on which part 1 made adversarial images."""
-    return "from_part1" in condition or condition.startswith("worst_case")
-
-
-def label(name, record):
-    """What a part's model is called; by its name alone where no record says more."""
-    try:
-        return report.label(name, record["args"] if record else {})
-    except (KeyError, TypeError):  # a record that somebody edited
-        return report.LABELS[name]
 
 
 # ---- accuracies, and the test of one network against another ------------------------------------

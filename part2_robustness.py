@@ -148,7 +148,7 @@ def start(args, model, meta, data, split, device, amp):
                              f"holds {weights}; give another --results-dir, or end the training "
                              f"of {part} with --resume first")
     return report.start(args, part, data, split, device, amp, report.robustness_name(part),
-                        Path(args.checkpoint).as_posix(), weights)
+                        Path(args.checkpoint).as_posix(), weights, meta)
 
 
 def part1_beside(folder, meta, device):

@@ -45,6 +45,7 @@ class Run:
     """One run of a part: where its files are, and what all its rows have in common."""
 
     part: str  # whose model it is about: one of common.PARTS
+    label: str  # what tables and figures call that model: its loss and its training images
     name: str  # what its files are called: "part1", "part2", "part3_robustness" …
     folder: Path
     checkpoint: str
@@ -65,10 +66,6 @@ class Run:
         return self.folder / f"{self.name}{ending}"
 
     @property
-    def label(self):
-        return label(self.part, self.args)
-
-    @property
     def identity(self):
         """What a resumed run must have in common with its first half."""
         return checkpoints.identity(self.args, self.amp, self.device, self.split_hash)
@@ -76,7 +73,7 @@ class Run:
     def record(self):
         """The run as plain values, for its checkpoint and its JSON file."""
         values = asdict(self)
-        for name in ("folder", "name"):
+        for name in ("folder", "name", "label"):
             del values[name]
         values["classes"] = list(self.classes)
         values["device"] = values.pop("device_name")
@@ -84,16 +81,25 @@ class Run:
 
 
 def label(part, args):
-    """What a part's model is called: its loss and its training images."""
-    text = LABELS[part].replace("Angular", LOSSES[args.get("loss", "angular")])
-    families = args.get("families")
-    if part == "part3" and families and set(families) != set(common.SEEN_FAMILIES):
-        text += f": {', '.join(families)}"
-    return text
+    """What a part's model is called: its loss and its training images.
+
+    By its name alone where a record or a checkpoint, which anybody can edit, says nothing else.
+    """
+    try:
+        text = LABELS[part].replace("Angular", LOSSES[args.get("loss", "angular")])
+        families = args.get("families")
+        if part == "part3" and families and set(families) != set(common.SEEN_FAMILIES):
+            text += f": {', '.join(families)}"
+        return text
+    except (KeyError, TypeError):
+        return LABELS[part]
 
 
-def start(args, part, data, split, device, amp, name=None, checkpoint=None, weights=""):
+def start(args, part, data, split, device, amp, name=None, checkpoint=None, weights="",
+          meta=None):
     """The Run of a part, its files locked; prints the header.
+
+    meta: of the checkpoint that part 2 tests, whose label and seed its rows and figures have.
 
     Raises UsageError if the results directory holds another study's results, or a file that no part
     wrote under the name of one; RunError if it cannot be written to.
@@ -104,8 +110,10 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
              "test": len(data.test_labels)}
     name = name or part
     checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
-    run = Run(part, name, folder, checkpoint, weights, data.name, data.classes, sizes, split.hash,
-              args.seed, values, args.command, versions(), device, device_name(device), amp.name)
+    trained = meta or {"args": values, "seed": args.seed}
+    run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
+              data.classes, sizes, split.hash, trained["seed"], values, args.command, versions(),
+              device, device_name(device), amp.name)
     for row in read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
             raise UsageError(f"{folder} holds results on {row['dataset']}, split "
@@ -119,7 +127,7 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     checkpoints.lock(folder, name)
     numbers = ", ".join(f"{n:,} {what}" for what, n in sizes.items())
     print(f"{name}: {data.name}, {len(data.classes)} classes; images: {numbers}; split "
-          f"{split.hash}, seed {args.seed}\ndevice {run.device_name}; mixed precision {amp.name}",
+          f"{split.hash}, seed {run.seed}\ndevice {run.device_name}; mixed precision {amp.name}",
           flush=True)
     return run
 
@@ -452,7 +460,7 @@ def draw_umap(run, panels, measured):
         return
     try:
         features = torch.cat([panel.features for panel in panels])
-        coordinates = common.umap_coordinates(features, run.seed)
+        coordinates = common.umap_coordinates(features, run.args["seed"])
     except Exception as error:  # numba and umap-learn raise whatever they like
         print(f"UMAP failed ({type(error).__name__}: {first_line(error)}); no picture, the numbers "
               "stand")

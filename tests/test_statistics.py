@@ -108,8 +108,8 @@ def two_classes_of_six():
 
 def a_run(classes=("a", "b")):
     sizes = {"training": 12, "evaluation": 12, "test": 12}
-    return report.Run("part1", "part1", None, "x.pt", "0" * 12, "toy", classes, sizes, "abc", 0,
-                      {}, "x", {}, torch.device("cpu"), "cpu", "off")
+    return report.Run("part1", "cross-entropy", "part1", None, "x.pt", "0" * 12, "toy", classes,
+                      sizes, "abc", 0, {}, "x", {}, torch.device("cpu"), "cpu", "off")
 
 
 def test_neighbours_are_no_more_than_the_smallest_class_has():

@@ -31,9 +31,9 @@ SPLIT = "5" * 12
 def run_of(folder, name, part, weights=A, seed=0, split_hash=SPLIT, dataset="toy", command="python",
            **args):
     values = {"seed": seed, "split_seed": seed, "epochs": 6, "train_fraction": 0.2} | args
-    return report.Run(part, name, Path(folder), f"{part}.pt", weights, dataset, ("cat", "dog"), {},
-                      split_hash, seed, values, command, {"torch": "2"}, torch.device("cpu"), "cpu",
-                      "off")
+    return report.Run(part, "", name, Path(folder), f"{part}.pt", weights, dataset, ("cat", "dog"),
+                      {}, split_hash, seed, values, command, {"torch": "2"}, torch.device("cpu"),
+                      "cpu", "off")
 
 
 def write(run, accuracies, order=0, part1="none", n=N, extra=()):
@@ -339,10 +339,14 @@ def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, ke
     write(run_of(tmp_path, "part1", "part1", A), {CLEAN: 0.7})
     write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.7})
     write(run_of(tmp_path, "part3_robustness", "part3", B),
-          perturbed(fgsm=0.4, pgd=0.3, fgsm_from_part1=0.33, worst_case=0.22), part1=made_on)
+          perturbed(fgsm=0.4, pgd=0.3, fgsm_from_part1=0.33, worst_case=0.22), part1=made_on,
+          extra=[("audit: fgsm_from_part1 8/255 is not stronger than fgsm", 0.0),
+                 ("audit: |delta| is at most eps", 1.0)])
     text = text_of(tmp_path)
-    assert ("33.0" in text) == ("22.0" in text) == kept
+    assert ("33.0" in text) == ("1 of 2 pass" in text) == kept
+    assert ("1 of 1 pass" in text) != kept
     assert "| FGSM 8/255, n = 1,000 | - | 40.0 |" in text
+    assert "22.0" in text  # the worst of the attacks on the model itself
     assert (f"made on weights {C}, the part 1 here is of {A}" in text) != kept
 
 
