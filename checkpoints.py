@@ -206,15 +206,33 @@ def check_identity(path, before, now):
                          f"{advice}, or leave --resume out to start anew")
 
 
-def save_state(path, identity, epoch, history, parts, generator):
+def tell_other_versions(path, before, versions):
+    """One line for each version of code or package that a resumed run did not begin with.
+
+    In `versions` both stand from then on, for the record.
+    """
+    for name, had in before.items():
+        now = versions.get(name, "unknown")
+        if had == now or had.endswith(f", then {now}"):
+            versions[name] = had
+        else:
+            print(f"{path} was begun with {name} {had}, and goes on with {now}; leave --resume out "
+                  "to start anew")
+            versions[name] = f"{had}, then {now}"
+
+
+def save_state(path, identity, epoch, history, parts, generator, versions=()):
     """Saves a training after `epoch` finished epochs. parts: name → object with a state_dict."""
     states = {name: part.state_dict() for name, part in parts.items()}
     write(path, {"identity": identity, "epoch": epoch, "history": history, "parts": states,
-                 "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
+                 "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+                 "versions": dict(versions)})
 
 
-def resume(path, wanted, identity, epochs, parts, generator):
+def resume(path, wanted, identity, epochs, parts, generator, versions=None):
     """Where a training starts: (start_epoch, history), after the state of `save_state` if `wanted`.
+
+    versions: of code and packages, which take in those of the state.
 
     Without --resume an old state stays until the first epoch's replaces it; if it was unfinished,
     one line says so. Raises UsageError if an argument that changes the result differs from the
@@ -233,6 +251,7 @@ def resume(path, wanted, identity, epochs, parts, generator):
         generator.set_state(content["generator"].cpu())
         torch.set_rng_state(content["torch_rng"])
         start_epoch, history = int(content["epoch"]), list(content["history"])
+        tell_other_versions(path, content.get("versions", {}), {} if versions is None else versions)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None
@@ -240,12 +259,13 @@ def resume(path, wanted, identity, epochs, parts, generator):
     return start_epoch, history
 
 
-def save_finished(path, identity, finished):
+def save_finished(path, identity, finished, versions=()):
     """Saves the conditions that part 2 has finished. finished: (name, severity) → values."""
-    write(path, {"identity": identity, "finished": list(finished.items())})
+    write(path, {"identity": identity, "finished": list(finished.items()),
+                 "versions": dict(versions)})
 
 
-def resume_finished(path, wanted, identity, device):
+def resume_finished(path, wanted, identity, device, versions=None):
     """The conditions that `save_finished` left, if `wanted`, else none. Raises as `resume` does."""
     if not Path(path).exists():
         return {}
@@ -256,6 +276,7 @@ def resume_finished(path, wanted, identity, device):
     try:
         check_identity(path, content["identity"], identity)
         finished = {tuple(key): tuple(value) for key, value in content["finished"]}
+        tell_other_versions(path, content.get("versions", {}), {} if versions is None else versions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None

@@ -193,7 +193,8 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
     state = run.path("_state.pt")
     identity = run.identity | {"--checkpoint with the weights": run.weights,
                                "--umap-points": args.umap_points}
-    finished = checkpoints.resume_finished(state, args.resume, identity, run.device)
+    finished = checkpoints.resume_finished(state, args.resume, identity, run.device,
+                                           run.versions)
     began = time.perf_counter()
     conditions = list_conditions(names, args.severities)
     for i, (name, severity) in enumerate(report.progress(conditions, "perturbations")):
@@ -204,7 +205,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
             calibration_error = metrics.calibration_error(logits, labels)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
             finished[name, severity] = (logits.argmax(1), calibration_error, some)
-            checkpoints.save_finished(state, identity, finished)
+            checkpoints.save_finished(state, identity, finished, run.versions)
         predicted, calibration_error, features = finished[name, severity]
         record(tested, run, name, severity, predicted, labels, calibration_error)
         title = f"{name} {severity}".replace("_", " ").strip()

@@ -1,6 +1,7 @@
 """What a part writes: the record of its run, rows, CSV files, and tables on the terminal."""
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -125,6 +126,7 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
             read_record(folder, file)
             read_correct(folder, file)
     checkpoints.lock(folder, name)
+    tell_what_is_replaced(run)
     numbers = ", ".join(f"{n:,} {what}" for what, n in sizes.items())
     print(f"{name}: {data.name}, {len(data.classes)} classes; images: {numbers}; split "
           f"{split.hash}, seed {run.seed}\ndevice {run.device_name}; mixed precision {amp.name}",
@@ -132,16 +134,42 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     return run
 
 
+def tell_what_is_replaced(run):
+    """One line if the run will replace results that were made with other arguments."""
+    record = read_record(run.folder, run.name)
+    if not record or not run.path(".csv").exists():
+        return
+    now = json.loads(json.dumps(run.args))  # tuples as lists, as the record has them
+    differing = [f"--{name.replace('_', '-')} {spelled(value)}"
+                 for name, value in record["args"].items()
+                 if name not in {*checkpoints.NO_EFFECT, "checkpoint"} and now.get(name) != value]
+    if differing:
+        print(f"{run.path('.csv')}, made with {', '.join(differing)}, will be replaced; to keep "
+              "it, stop now and give another --results-dir")
+
+
 def versions():
-    """{package: version} of what computes, with Python's and, in a checkout, the commit."""
+    """{package: version} of what computes, with Python's and, in a checkout, the commit.
+
+    Of files that are not committed as they are, a hash of the difference follows.
+    """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
-    if shutil.which("git"):
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                             capture_output=True, encoding="utf-8", errors="replace", check=False)
-        if git.returncode == 0:
-            found["commit"] = git.stdout.strip()
+    commit = git("describe", "--always", "--dirty")
+    if commit:
+        found["commit"] = commit
+    if commit.endswith("-dirty"):
+        found["commit"] += f"-{hashlib.sha256(git('diff', 'HEAD').encode()).hexdigest()[:7]}"
     return found
+
+
+def git(*words):
+    """What git says of this checkout; "" without one."""
+    if not shutil.which("git"):
+        return ""
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                          encoding="utf-8", errors="replace", check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def device_name(device):
@@ -351,13 +379,13 @@ def correct(predicted, labels):
 def resume(run, state, generator):
     """Where a training starts: (start_epoch, history); (0, []) without --resume."""
     return checkpoints.resume(run.path("_state.pt"), run.args["resume"], run.identity,
-                              run.args["epochs"], state, generator)
+                              run.args["epochs"], state, generator, run.versions)
 
 
 def end_epoch(run, history, state, generator):
     """Saves the training's state and the table of its epochs so far."""
     checkpoints.save_state(run.path("_state.pt"), run.identity, len(history), history, state,
-                           generator)
+                           generator, run.versions)
     _, eval_n = common.few_sizes(run.sizes["training"], run.sizes["evaluation"])
     whose = {"dataset": run.dataset, "seed": run.seed, "eval_n": eval_n}
     write_rows(run.path("_history.csv"), [whose | values for values in history])
@@ -381,6 +409,7 @@ def finish(run, model, predictions, history, repeated):
 
     Checkpoint, record and tables, then figures, none of which can end the run.
     """
+    model = saved_before(run, model) or model
     run = replace(run, weights=checkpoints.weights_hash(model))
     rows = clean_rows(run, predictions, repeated)
     head = "class_means" if isinstance(model.head, common.ClassMeans) else "none"
@@ -407,6 +436,24 @@ def finish(run, model, predictions, history, repeated):
     draw_umap(run, panels, measured)
     print_accuracies(f"{run.part} ({run.label}): {len(history)} epochs, averaged weights", rows)
     return rows
+
+
+def saved_before(run, model):
+    """The model in the run's checkpoint, if a resumed training had ended in it; else None.
+
+    BatchNorm's statistics have been estimated anew since, and their last bits depend on how many
+    threads add them up: part 2's results would be of other weights.
+    """
+    if not run.args["resume"]:
+        return None
+    try:
+        saved, _ = common.load_checkpoint(run.path(".pt"), run.device)
+    except UsageError:
+        return None
+    trained = dict(model.backbone.named_parameters())
+    same = [torch.equal(weights, trained[name])
+            for name, weights in saved.backbone.named_parameters()]
+    return saved if all(same) else None
 
 
 class Panel(NamedTuple):

@@ -3,7 +3,6 @@
 import copy
 
 import audit
-import audit
 import common
 import part2_robustness
 import report

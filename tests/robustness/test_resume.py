@@ -1,18 +1,21 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the bit."""
 
+import json
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import common
 import part2_robustness
+import report
 
 import numpy as np
 import pytest
 import torch
 
-from .conftest import count, end, on_checkpoint, on_tree, start, write_tree
+from .conftest import call, count, end, on_checkpoint, on_tree, read, start, write_tree
 
 
 def no_part2():
@@ -134,3 +137,77 @@ def stop_at_the_attack():
         raise KeyboardInterrupt
 
     part2_robustness.attack = interrupted
+
+
+# ---- what has ended, other code, other arguments ------------------------------------------------
+
+
+def test_resuming_what_had_ended_keeps_its_weights_and_part_2(narrow, tree, mine, monkeypatch):
+    def with_other_threads(average, images, amp):
+        model = estimate(average, images, amp)
+        model.backbone.bn1.running_var *= 1 + 2e-7  # the last bit
+        return model
+
+    estimate = common.WeightAverage.for_evaluation
+    before = read(mine / "part1.csv")
+    monkeypatch.setattr(common.WeightAverage, "for_evaluation", with_other_threads)
+    code, error, _ = call("part1_baseline", on_tree(tree, mine, "--resume"))
+    assert code == 0, error
+    assert {row["weights"] for row in read(mine / "part1.csv")} == {before[0]["weights"]}
+    assert {row["weights"] for row in read(mine / "part2.csv")} == {before[0]["weights"]}
+
+
+def test_a_checkpoint_of_another_training_does_not_pass_for_the_resumed_one(narrow, tree, mine,
+                                                                            other_seed):
+    before = read(mine / "part1.csv")
+    shutil.copy(other_seed, mine / "part1.pt")
+    code, error, _ = call("part1_baseline", on_tree(tree, mine, "--resume"))
+    assert code == 0, error
+    assert {row["weights"] for row in read(mine / "part1.csv")} == {before[0]["weights"]}
+    model, _ = common.load_checkpoint(mine / "part1.pt", "cpu")
+    assert common.weights_hash(model) == before[0]["weights"]
+
+
+def test_a_run_that_goes_on_with_other_code_says_so_and_records_both(narrow, tree, tmp_path,
+                                                                     monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    finish = report.finish
+    for i, commit in enumerate(("abc", "def-dirty", "def-dirty")):
+        monkeypatch.setattr(report, "versions", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr(report, "finish", finish if i else interrupted)
+        code, _, out = call("part1_baseline", on_tree(tree, tmp_path, "--resume"))
+        assert code == (0 if i else 130)
+        assert ("begun with commit abc, and goes on with def-dirty" in out) == (i > 0)
+    record = json.loads((tmp_path / "part1.json").read_text(encoding="utf-8"))
+    assert record["versions"] == {"commit": "abc, then def-dirty"}
+
+
+def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path,
+                       check=True, capture_output=True)
+
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert "commit" not in report.versions()
+    git("init")
+    found = []
+    for content in ("a", "b", "c"):
+        (tmp_path / "part.py").write_text(content)
+        if content == "a":
+            git("add", "part.py")
+            git("commit", "-m", "x")
+        found.append(report.versions()["commit"])
+    assert len(set(found)) == 3
+    assert [commit.count("-dirty-") for commit in found] == [0, 1, 1]
+
+
+def test_part_2_says_which_table_it_will_replace(narrow, mine):
+    _, _, out = call("part2_robustness", on_checkpoint(mine / "part1.pt", mine))
+    assert "will be replaced" not in out
+    _, _, out = call("part2_robustness", on_checkpoint(mine / "part1.pt", mine, "--severities", 5))
+    assert f"{mine / 'part2.csv'}, made with --severities 3, will be replaced; to keep it" in out
+    _, _, out = call("part3_augmented", ["--quick", "--dataset", "digits", "--results-dir", mine])
+    assert "will be replaced" not in out  # refused: another study's directory
