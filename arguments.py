@@ -219,8 +219,9 @@ def explained(error):
                 f"continue: {resuming_command()}")
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text \
             or "ALLOC_FAILED" in text:
-        return (f"out of memory ({text[:100]}); try a smaller --batch-size, fewer --umap-points or "
-                "--attack-images, or --device cpu; what is finished is kept, --resume continues it")
+        return (f"out of memory ({text[:100]}); try a smaller --batch-size (training), fewer "
+                "--umap-points or --attack-images, or --device cpu; what is finished is kept, "
+                "--resume continues it")
     return None
 
 

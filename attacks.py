@@ -9,13 +9,14 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Eval mode inside, the former mode outside."""
-    training = model.training
+    """Eval mode inside, outside every module in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield model
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ class Data(NamedTuple):
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    repeated: int = 0  # test images that are training images, too, byte for byte
+    repeated: int = 0  # test images that stand in the training set, too, byte for byte
 
 
 class Split(NamedTuple):
@@ -225,8 +225,8 @@ def load_data(dataset, data_dir, device, quick=False):
         test = first_of_each(arrays.test_labels)
     repeated = count_repeated(arrays.train_images[train], arrays.test_images[test])
     if repeated:
-        print(f"warning: {repeated:,} of {len(test):,} test images stand in the training data, "
-              "too, byte for byte: accuracy on them is memory")
+        print(f"warning: {repeated:,} of {len(test):,} test images stand in the training set, too, "
+              "byte for byte; those of them that are trained on show memory, not generalization")
     return Data(name, arrays.classes,
                 torch.from_numpy(arrays.train_images[train]).to(device),
                 torch.from_numpy(arrays.train_labels[train]).long().to(device),
@@ -275,7 +275,7 @@ class Balance(NamedTuple):
 
 
 def balance(labels, batch_size):
-    """The Balance of batches of at most `batch_size` images, at least two of a class, for pairs.
+    """The Balance of batches of at most `batch_size` images, but two of each of two classes.
 
     With more than batch_size / 2 classes a batch holds some of them, in turn.
     """
@@ -292,15 +292,17 @@ def balanced_batches(images, labels, batch_size, generator):
     plan = balance(labels, batch_size)
     order = torch.randperm(len(images), generator=generator, device=device)
     members = [order[labels[order] == c] for c in labels.unique()]
-    queue = []  # groups of `each` images of one class; every class once before any comes again
+    queue = []  # (class, `each` images of it); every class once before any comes again
     turn = 0
     while len(queue) < plan.steps * plan.classes:
         place = torch.arange(turn * plan.each, (turn + 1) * plan.each, device=device)
         shuffled = torch.randperm(len(members), generator=generator, device=device).tolist()
-        queue += [members[c][place % len(members[c])] for c in shuffled]  # small: images come again
+        begun = {c for c, _ in queue[len(queue) - len(queue) % plan.classes :]}  # a batch, not full
+        shuffled.sort(key=lambda c: c in begun)  # so that no class comes twice in it
+        queue += [(c, members[c][place % len(members[c])]) for c in shuffled]  # small: come again
         turn += 1
     for i in range(plan.steps):
-        batch = torch.cat(queue[i * plan.classes : (i + 1) * plan.classes])
+        batch = torch.cat([some for _, some in queue[i * plan.classes : (i + 1) * plan.classes]])
         mixed = torch.randperm(len(batch), generator=generator, device=device)  # for `augment`
         yield images[batch[mixed]], labels[batch[mixed]]
 

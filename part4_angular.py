@@ -59,6 +59,11 @@ def parse_args(argv=None):
     if args.loss == "sphereface" and args.margin is not None and args.margin < 1:
         parser.error("argument --margin: sphereface multiplies the angle by it, expected 1 to 4, "
                      f"found {args.margin}")
+    if args.margin is not None and args.loss == "angular":
+        parser.error("argument --margin: the Angular loss has none; leave it out, or give --loss")
+    if args.scale != parser.get_default("scale") and args.loss not in ("arcface", "cosface"):
+        parser.error(f"argument --scale: the loss {args.loss} has none; leave it out, or give "
+                     "--loss arcface or cosface")
     if args.proxies and args.loss != "angular":
         parser.error(f"argument --proxies: {args.loss} learns proxies anyway; leave it out")
     if args.augment:
@@ -128,7 +133,7 @@ def main(argv=None):
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           dtype=amp.dtype or torch.float32)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=args.epochs * steps,
+        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # fewer cannot warm up
         pct_start=0.2,  # warms up in a fifth of the steps
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9

@@ -630,7 +630,8 @@ def balanced(blocks):
 
 
 def comparison_caption(perturbed, fgsm):
-    severities = sorted({str(r["severity"]) for r in perturbed} - {""})
+    ours = [r for r in perturbed if r["condition"] in FAMILY]  # CIFAR-10-C has its own severities
+    severities = sorted({str(r["severity"]) for r in ours} - {""})
     text = plain(perturbed[0]["dataset"], 40)
     text += f", one training each, test images, {n_of(perturbed)}"
     if fgsm:

@@ -212,7 +212,7 @@ def clean_rows(run, predictions, repeated):
 
     predictions: {"train" | "evaluation" | "test": Prediction}.  The heads class_means, knn and
     probe are fitted on the training images' 512-d features, the same way in every part, to tell the
-    loss from the head.  repeated: test images that are training images, too.
+    loss from the head.  repeated: test images that stand in the training set, too.
     """
     train = predictions["train"]
     means = metrics.class_means(train.features, train.labels, len(run.classes))
@@ -233,7 +233,7 @@ def clean_rows(run, predictions, repeated):
             mine = labels == c
             rows.append(accuracy_row(run, split, "clean", "", "own", predicted[mine], labels[mine],
                                      f"accuracy of {name}"))
-    rows.append(row(run, "test", "clean", "", "", "images that are training images, too", repeated,
+    rows.append(row(run, "test", "clean", "", "", "images of the training set, too", repeated,
                     run.sizes["test"]))
     return rows
 

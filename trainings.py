@@ -272,6 +272,20 @@ def pair_table(tests):
                            "verdict"), body)
 
 
+def made_with(study):
+    """Which commits, precisions and devices the trainings and tests of a study were made with."""
+    found = {"commit": set(), "mixed precision": set(), "device": set(), "torch": set()}
+    for part in study.parts.values():
+        for record in (part.record, part.part2_record):
+            if record:
+                found["commit"].add(record["versions"].get("commit", "unknown"))
+                found["mixed precision"].add(record.get("amp", "unknown"))
+                found["device"].add(record.get("device", "unknown"))
+                found["torch"].add(record["versions"].get("torch", "unknown"))
+    return [f"{name} {', '.join(sorted(map(report.spelled, values)))}"
+            for name, values in found.items()]
+
+
 def training_text(studies, tables, lines, counts, tests):
     """The text of trainings.md."""
     titles = {}
@@ -307,8 +321,10 @@ def training_text(studies, tables, lines, counts, tests):
     for study in studies:
         seed = next(iter(study.parts.values())).seed
         items.append(f"- {code(study.folder.as_posix())}: seed {seed}, split {study.split_hash}; "
-                     f"{', '.join(study.parts)}")
+                     f"{', '.join(study.parts)}; {pages.escape('; '.join(made_with(study)))}")
         left_out += [f"{study.folder.as_posix()}: {sentence}" for sentence in study.left_out]
+    if len({tuple(made_with(study)) for study in studies}) > 1:
+        items.append("- **Not all of these were made by the same code, precision and device.**")
     text += ["## What ran", "\n".join(items), "Each directory's summary.md has the commands.",
              "## Left out", bullets(left_out)]
     return "\n\n".join(text) + "\n"

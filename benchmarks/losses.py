@@ -106,7 +106,7 @@ def settings(folder, part):
     """What a loss was trained with, in words, and the commit it was trained at."""
     record = report.read_record(folder, part)
     args = record["args"]
-    words = [f"lr {args['lr']:g}"]
+    words = [f"{args['epochs']} epochs", f"lr {args['lr']:g}"]
     if part == "part1":
         words.append(f"label smoothing {args['label_smoothing']:g}")
     elif args["loss"] == "angular":
@@ -152,6 +152,12 @@ def table(studies):
             *lines]
 
 
+def datasets(studies):
+    """What the studies were trained on, as their tables call it."""
+    records = [report.read_record(*one) for done in studies.values() for one in done]
+    return " and ".join(sorted({record["dataset"] for record in records}))
+
+
 def main():
     args = parse_args()
     studies = {loss: [] for loss in args.losses}
@@ -163,7 +169,7 @@ def main():
     text = "\n".join([
         "# Losses on the same split, seeds and epochs", "",
         f"`python benchmarks/losses.py {shlex.join(sys.argv[1:])}`, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}. Accuracy in %, {args.epochs} epochs, {what} "
+        f"threads, torch {torch.__version__}. {datasets(studies)}. Accuracy in %, {what} "
         f"{', '.join(map(str, args.seeds))}. mPC: mean over {', '.join(PERTURBED)} at severity 3. "
         "Eps in 1/255, on 2,000 test images (FGSM) and 100 of them (PGD) where there are as many. "
         "p: McNemar's exact test against cross-entropy on the clean test images, Holm-corrected, "

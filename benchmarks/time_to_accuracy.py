@@ -93,7 +93,7 @@ class TrainedError(Exception):
 def measure(recipe, usual_epochs, arguments):
     """A row for every epoch of both trainings, and what they are of."""
     device = common.pick_device(recipe.device)
-    data = common.load_data(recipe.dataset, recipe.data_dir, device)
+    data = common.load_data(recipe.dataset, recipe.data_dir, device, recipe.quick)
     split = common.split_data(data, recipe.train_fraction, recipe.split_seed)
     some = common.evenly_spaced(len(split.eval_labels), EVALUATED)
     usual = train_usual(split, len(data.classes), recipe.seed, usual_epochs, device)
@@ -121,7 +121,9 @@ def measure(recipe, usual_epochs, arguments):
         before = (epoch - 1) * usual_epochs // recipe.epochs
         for usual_epoch in range(before + 1, epoch * usual_epochs // recipe.epochs + 1):
             start = now()
+            torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which the usual loop leaves
             model = next(usual)
+            torch.backends.cudnn.allow_tf32 = False
             minutes["usual"] += now() - start
             test("usual", usual_epoch, model)
         if epoch == recipe.epochs:

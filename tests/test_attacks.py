@@ -1,5 +1,7 @@
 """FGSM through cleverhans against plain torch, and what an attack must leave alone."""
 
+import copy
+
 import common
 
 import numpy as np
@@ -69,6 +71,15 @@ def test_attacks_leave_the_model_as_it_was(small_model, batch):
         assert (parameter.grad is None and before is None) or torch.equal(parameter.grad, before)
     frozen.requires_grad_(True)
     small_model.eval()
+
+
+def test_every_module_is_in_its_former_mode_after_eval_mode(small_model):
+    model = copy.deepcopy(small_model).train()
+    model.backbone.bn1.eval()  # a frozen layer
+    before = [module.training for module in model.modules()]
+    with common.eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
 
 
 def test_attack_is_float32_also_under_autocast(small_model, batch):

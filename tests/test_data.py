@@ -94,7 +94,7 @@ def test_balanced_batches_hold_every_class_equally_often():
 
 @pytest.mark.parametrize(("classes", "each", "batch_size", "size"), [
     (10, 1000, 64, 60), (3, 20, 16, 15), (30, 10, 8, 8), (4, 3, 1000, 12), (200, 20, 64, 64),
-    (600, 8, 64, 64)])
+    (600, 8, 64, 64), (3, 40, 4, 4), (5, 40, 8, 8), (100, 20, 64, 64)])
 def test_balanced_batches_of_many_classes_hold_pairs_of_some(classes, each, batch_size, size):
     labels = torch.arange(classes).repeat(each)
     batches = epochs_of(labels, batch_size)
@@ -103,6 +103,7 @@ def test_balanced_batches_of_many_classes_hold_pairs_of_some(classes, each, batc
     assert len(batches) == common.balance(labels, batch_size).steps == len(labels) // size
     counts = []
     for _, y in batches:
+        assert len(y.unique()) == common.balance(labels, batch_size).classes  # none twice
         assert y.unique(return_counts=True)[1].min() >= 2  # a pair of every class in it
         counts.append(y.bincount(minlength=classes))
     total = torch.stack(counts).sum(0)
@@ -177,7 +178,7 @@ def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsy
     arrays = datasets.Arrays("toy", ("a", "b"), images, labels, test, labels[:6])
     monkeypatch.setattr(datasets, "digits", lambda: arrays)
     assert common.load_data("digits", "x", CPU).repeated == 4
-    assert "warning: 4 of 6 test images stand in the training data" in capsys.readouterr().out
+    assert "warning: 4 of 6 test images stand in the training set" in capsys.readouterr().out
     monkeypatch.setattr(datasets, "digits", lambda: arrays._replace(test_images=test ^ 3))
     assert common.load_data("digits", "x", CPU).repeated == 0
     assert "warning" not in capsys.readouterr().out

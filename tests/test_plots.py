@@ -660,6 +660,14 @@ def test_the_comparison_is_landscape_and_shows_every_model_with_intervals(tmp_pa
     assert "Part 4 (Angular, proxies, augmented)" in words(figure)
 
 
+def test_severities_of_cifar10c_are_not_said_of_ours(tmp_path, drawn):
+    rows = [r | {"severity": "3"} for r in table(("part1",)) if r["severity"] == "3"]
+    published = [rows[0] | {"condition": "cifar10c fog", "family": "CIFAR-10-C", "severity": s}
+                 for s in "12345"]
+    plots.comparison(tmp_path / "x.png", rows + published, {"part1": "cross-entropy"})
+    assert "Severity 3." in drawn["x.png"][1]
+
+
 @pytest.mark.parametrize(
     "keep, axes", [(lambda r: r["condition"] == "clean", 1), (lambda r: r["family"] != "attack", 2)]
 )

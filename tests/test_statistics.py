@@ -155,7 +155,7 @@ def test_the_tables_have_training_accuracy_and_repeated_images():
            if (row["head"], row["metric"]) == ("own", "accuracy")}
     assert own == {"train": 1, "evaluation": 0.5, "test": 0.5}  # a generalization gap of 50 points
     assert [row["n"] for row in rows if row["split"] == "train"] == [12]
-    repeated = [row for row in rows if row["metric"] == "images that are training images, too"]
+    repeated = [row for row in rows if row["metric"] == "images of the training set, too"]
     assert [(row["value"], row["n"]) for row in repeated] == [(3, 12)]
 
 

@@ -642,6 +642,21 @@ def test_part_2_of_other_arguments_is_refused(tmp_path):
         trainings.compare_trainings(folders)
 
 
+def test_other_code_precision_and_device_are_told(tmp_path):
+    folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}) for seed in (0, 1, 2)]
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert text.count("mixed precision off; device cpu; torch 2") == 3
+    assert "Not all of these" not in text
+    path = folders[1] / "part1.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for change in ({"amp": "bf16"}, {"device": "NVIDIA H100"}, {"versions": {"commit": "abc"}}):
+        path.write_text(json.dumps(record | change), encoding="utf-8")
+        trainings.compare_trainings(folders)
+        text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+        assert "Not all of these were made by the same code, precision and device" in text
+
+
 def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5}, device=f"cuda:{seed}", no_umap=seed > 0,
                         umap_points=50 + seed, results_dir=str(seed), data_dir=str(seed),

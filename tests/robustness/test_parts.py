@@ -7,6 +7,7 @@ import sys
 
 import common
 import datasets
+import part2_robustness
 import report
 
 import numpy as np
@@ -14,7 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from .conftest import DIGITS, ROOT, call, contents, make_narrow, read, write_tree
+from .conftest import (
+    DIGITS,
+    ROOT,
+    TRAINING,
+    call,
+    contents,
+    make_narrow,
+    on_tree,
+    read,
+    write_tree,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -265,3 +276,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     _, error = run("part1_baseline", *DIGITS, "--results-dir", tmp_path, code=1)
     assert "the loss became nan in epoch 1; try a lower --lr" in error
     assert not (tmp_path / "part1.pt").exists()
+
+
+@pytest.mark.parametrize("epochs", [1, 5])
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_training_of_very_few_steps(tree, tmp_path, script, epochs):
+    """OneCycleLR divides by zero with 5 steps, and starts near its peak with fewer."""
+    argv = on_tree(tree, tmp_path, "--batch-size", 6, "--epochs", epochs)
+    code, error, _ = call(script, argv if script == "part1_baseline" else [*argv, "--no-part2"])
+    assert code == 0, error
+    part = script.split("_")[0]
+    rates = [float(row["lr"]) for row in read(tmp_path / f"{part}_history.csv")]
+    assert rates[0] == pytest.approx(0.02)  # after a step from a tenth of it
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_severities_and_eps_that_stand_twice_count_once():
+    args = part2_robustness.parse_args(["--severities", "3", "1", "1", "--eps-255", "8",
+                                        "8.0000001", "0"])
+    assert (args.severities, args.eps_255) == ([1, 3], [0, 8])
