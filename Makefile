@@ -12,7 +12,7 @@ DEMO := --dataset digits --results-dir results/demo --epochs 6 --batch-size 32 -
 DEMO_TEST := part2_robustness.py --results-dir results/demo --umap-points 100 \
 	--attack-images 100 --audit-images 20 --eps-255 0 32 64 128 --checkpoint
 
-.PHONY: demo run study reference test test-all lint clean
+.PHONY: demo run study same-arguments reference test test-all lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python part1_baseline.py $(DEMO)
@@ -44,23 +44,31 @@ MODELS := $(foreach part,$(STUDIED),$(SEED_DIRS:%=%/$(part)))
 study: $(MODELS:=.tested) $(MODELS:=.trained)
 	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEED_DIRS))
 
-$(STUDY)/seed%/part1.trained: | $(VENV)/installed
+$(STUDY)/seed%/part1.trained: | $(VENV)/installed same-arguments
 	$(call train,part1_baseline.py)
 
-$(STUDY)/seed%/part3.trained: | $(VENV)/installed
+$(STUDY)/seed%/part3.trained: | $(VENV)/installed same-arguments
 	$(call train,part3_augmented.py --no-part2)
 
-$(STUDY)/seed%/part3_crop_flip.trained: | $(VENV)/installed
+$(STUDY)/seed%/part3_crop_flip.trained: | $(VENV)/installed same-arguments
 	$(call train,part3_augmented.py --families none --no-part2)
 
-$(STUDY)/seed%/part4.trained: | $(VENV)/installed
+$(STUDY)/seed%/part4.trained: | $(VENV)/installed same-arguments
 	$(call train,part4_angular.py --no-part2)
 
-$(STUDY)/seed%/part4_augmented.trained: | $(VENV)/installed
+$(STUDY)/seed%/part4_augmented.trained: | $(VENV)/installed same-arguments
 	$(call train,part4_angular.py --augment --no-part2)
 
-$(STUDY)/seed%/part4_proxies.trained: | $(VENV)/installed
+$(STUDY)/seed%/part4_proxies.trained: | $(VENV)/installed same-arguments
 	$(call train,part4_angular.py --proxies --no-part2)
+
+# else what is finished would pass for a result of other ARGS
+export ARGS TESTS
+same-arguments:
+	@mkdir -p $(STUDY)
+	@test -e $(STUDY)/.arguments || echo "$$ARGS $$TESTS" > $(STUDY)/.arguments
+	@test "$$ARGS $$TESTS" = "$$(cat $(STUDY)/.arguments)" || { echo "$(STUDY) was begun with ARGS \
+	and TESTS $$(cat $(STUDY)/.arguments); give the same, or RESULTS= another directory"; exit 1; }
 
 # part 2 tries part 1's adversarial images on every other model
 .SECONDEXPANSION:

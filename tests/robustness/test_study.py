@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 FAKE = """#!/bin/sh
 # stands for python: notes its command and writes what a part would
 echo "$@" >> commands.txt
-case "$*" in *fails*) exit 3;; esac
+case "$*" in *$(cat failing 2> /dev/null || echo nothing)*) exit 3;; esac
 """
 
 
@@ -54,14 +54,24 @@ def test_every_seed_gets_six_trainings_on_its_own_split_each_tested_part_1_first
     assert commands[-1] == "summary.py results/study/seed1 results/study/seed2"
 
 
-def test_what_is_finished_is_not_run_again_what_failed_is(study):
+def test_what_is_finished_is_not_run_again_what_failed_is(study, tmp_path):
     def scripts(*words):
         return [command.split()[0] for command in study("SEEDS=1", *words)]
 
     part1, part2, part3 = "part1_baseline.py", "part2_robustness.py", "part3_augmented.py"
     assert scripts("STUDIED=part1 part3") == [part1, part2, part3, part2]
-    assert scripts("STUDIED=part1 part4", "ARGS=fails") == ["part4_angular.py"]
+    (tmp_path / "failing").write_text("part4")
+    assert scripts("STUDIED=part1 part4") == ["part4_angular.py"]
+    (tmp_path / "failing").unlink()
     assert scripts("STUDIED=part1 part3 part4") == ["part4_angular.py", part2]
+
+
+def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study):
+    assert len(study("SEEDS=1", "ARGS=--epochs 5")) == 12
+    assert study("SEEDS=1", "ARGS=--epochs 6") == []
+    assert study("SEEDS=1", "ARGS=--epochs 5", "TESTS=--severities 3") == []
+    assert study("SEEDS=1 2", "ARGS=--epochs 5")  # more seeds
+    assert len(study("SEEDS=1", "ARGS=--epochs 6", "RESULTS=another")) == 12
 
 
 @pytest.mark.parametrize(("part", "script"), [("part3", "part3_augmented.py"),
