@@ -237,8 +237,9 @@ def list_conditions(names, severities):
 
 def of_all_classes(labels):
     """Positions of EXAMPLES images, evenly spaced over their order by class."""
-    by_class = labels.cpu().argsort(stable=True)
-    return by_class[common.evenly_spaced(len(labels), EXAMPLES)]
+    n = min(EXAMPLES, len(labels))
+    middles = (torch.arange(n) + 0.5) * len(labels) / n
+    return labels.cpu().argsort(stable=True)[middles.long()]
 
 
 def record(tested, run, condition, severity, predicted, labels, calibration_error):

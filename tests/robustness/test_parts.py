@@ -295,3 +295,11 @@ def test_severities_and_eps_that_stand_twice_count_once():
     args = part2_robustness.parse_args(["--severities", "3", "1", "1", "--eps-255", "8",
                                         "8.0000001", "0"])
     assert (args.severities, args.eps_255) == ([1, 3], [0, 8])
+
+
+@pytest.mark.parametrize(("labels", "expected"), [
+    ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0] * 20, list(range(10))), ([1, 0] * 50, [0] * 5 + [1] * 5),
+    ([2, 0, 1], [0, 1, 2])])
+def test_examples_are_of_all_classes(labels, expected):
+    labels = torch.tensor(labels)
+    assert labels[part2_robustness.of_all_classes(labels)].tolist() == expected
