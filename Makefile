@@ -62,27 +62,31 @@ $(STUDY)/seed%/part4_augmented.trained: | $(VENV)/installed same-arguments
 $(STUDY)/seed%/part4_proxies.trained: | $(VENV)/installed same-arguments
 	$(call train,part4_angular.py --proxies --no-part2)
 
-# else what is finished would pass for a result of other ARGS
+# a stamp holds the ARGS or TESTS it was made with: results of others do not pass for the asked ones
 export ARGS TESTS
 same-arguments:
-	@mkdir -p $(STUDY)
-	@test -e $(STUDY)/.arguments || echo "$$ARGS $$TESTS" > $(STUDY)/.arguments
-	@test "$$ARGS $$TESTS" = "$$(cat $(STUDY)/.arguments)" || { echo "$(STUDY) was begun with ARGS \
-	and TESTS $$(cat $(STUDY)/.arguments); give the same, or RESULTS= another directory"; exit 1; }
+	$(call same,trained,ARGS)
+	$(call same,tested,TESTS)
+
+define same
+@for stamp in $(wildcard $(STUDY)/seed*/*.$(1)); do \
+	was=$$(cat $$stamp); test ! -s $$stamp || test "$$was" = "$$$(2)" || { echo "$$stamp was made \
+	with $(2)=\"$$was\"; give the same, or another directory with RESULTS=" >&2; exit 1; }; done
+endef
 
 # part 2 tries part 1's adversarial images on every other model
 .SECONDEXPANSION:
 $(STUDY)/%.tested: $(STUDY)/%.trained $$(@D)/part1.trained
 	$(call logged,part2_robustness.py --checkpoint $(@:.tested=.pt) --results-dir $(@D) --resume \
-		$(TESTS) $(filter --no-umap --compile,$(ARGS)))
+		$(TESTS) $(filter --no-umap --compile,$(ARGS)),TESTS)
 
-train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resume $(ARGS))
+train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resume $(ARGS),ARGS)
 
 define logged
 @mkdir -p $(@D)
 @echo "$(@D): $(1) (progress: $(basename $@).log)"
 @OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(1) >> $(basename $@).log 2>&1 || { tail -n 5 $(basename $@).log; exit 1; }
-@touch $@
+@printf '%s\n' "$$$(2)" > $@
 endef
 
 # What is committed: tables, records, figures; no weights and no images of the data set. Each

@@ -275,7 +275,7 @@ class Balance(NamedTuple):
 
 
 def balance(labels, batch_size):
-    """The Balance of batches of at most `batch_size` images, but two of each of two classes.
+    """The Balance of batches of at most `batch_size` images, but at least two of two classes.
 
     With more than batch_size / 2 classes a batch holds some of them, in turn.
     """

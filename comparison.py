@@ -409,8 +409,8 @@ def attack_lines(table, names):
 
 def spoken(name):
     """A condition's name as a person reads it, escaped."""
-    name = name.replace("worst_case_audit", "worst of all attacks")  # of each image
-    name = name.replace("worst_case", "worst of one-step attacks")
+    name = name.replace("worst_case_audit", "worst of its own attacks")  # each image's
+    name = name.replace("worst_case", "worst of its own one-step attacks")
     return escape(" ".join(ACRONYMS.get(word, word) for word in name.split("_")))
 
 

@@ -50,7 +50,7 @@ def main(argv=None):
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           dtype=amp.dtype or torch.float32)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # fewer cannot warm up
+        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # with 5 it fails
         pct_start=0.2,  # warms up in a fifth of the steps
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9

@@ -236,10 +236,14 @@ def list_conditions(names, severities):
 
 
 def of_all_classes(labels):
-    """Positions of EXAMPLES images, evenly spaced over their order by class."""
-    n = min(EXAMPLES, len(labels))
-    middles = (torch.arange(n) + 0.5) * len(labels) / n
-    return labels.cpu().argsort(stable=True)[middles.long()]
+    """Positions of at most EXAMPLES images, as many of each class, of all or of some in between."""
+    classes = labels.unique().cpu()
+    classes = classes[common.evenly_spaced(len(classes), EXAMPLES)]
+    positions = []
+    for c in classes:
+        mine = (labels.cpu() == c).nonzero().flatten()
+        positions.append(mine[common.evenly_spaced(len(mine), EXAMPLES // len(classes))])
+    return torch.cat(positions)
 
 
 def record(tested, run, condition, severity, predicted, labels, calibration_error):
@@ -300,7 +304,7 @@ def attack(args, run, model, images, labels, part1=None):
         adversarial = (images + eps * directions[name]).clamp(0, 1)
         logits, features[name, eps_255], _ = common.predict(model, adversarial, float32)
         predicted[name, eps_255] = logits.argmax(1)
-        excess = max(excess, largest_change(images, adversarial, args.norm) - eps)
+        excess = max(excess, excess_over(eps, images, adversarial, args.norm))
         if name == names.fgsm:
             some = of_all_classes(labels)
             examples.append((f"FGSM {eps_255:g}/255", adversarial[some]))
@@ -310,8 +314,7 @@ def attack(args, run, model, images, labels, part1=None):
                                      p_norm(args.norm))
             logits = common.predict(model, adversarial, float32).logits
             predicted[name, eps_255] = logits.argmax(1)
-            size = largest_change(images[few], adversarial, args.norm)
-            excess = max(excess, size - eps_255 / 255)
+            excess = max(excess, excess_over(eps_255 / 255, images[few], adversarial, args.norm))
 
     right = {}
     for (name, eps_255), found in predicted.items():
@@ -337,8 +340,10 @@ def p_norm(norm):
     return np.inf if norm == "inf" else 2
 
 
-def largest_change(images, adversarial, norm):
-    return (adversarial - images).flatten(1).norm(p_norm(norm), dim=1).max().item()
+def excess_over(eps, images, adversarial, norm):
+    """By how much the largest change of an image is above eps; above 1, as a share of eps."""
+    largest = (adversarial - images).flatten(1).norm(p_norm(norm), dim=1).max().item()
+    return (largest - eps) / max(eps, 1)
 
 
 def make_directions(args, names, model, images, labels, clean, part1):

@@ -59,7 +59,7 @@ ATTACK = {  # by condition; in the L2 norm, "_l2" follows the first word
     "fgsm_targeted": Look("FGSM, least likely class", "#4FA82E", "D", "--"),
     "fgsm_from_part1": Look("FGSM, made on part 1", "#005500", "v", "--"),
     "pgd": Look("PGD", "#2A156A", "^", ""),  # at few eps: a line between them would be a guess
-    "worst_case": Look("worst one-step attack of each image", "#000000", "*", ":"),
+    "worst_case": Look("worst of its own one-step attacks", "#000000", "*", ":"),
     "random": Look("random noise of the same size", "#777777", "s", "-"),
 }
 SEVERITY_COLORS = {"1": "#C9B799", "2": "#AA9373", "3": "#8A7355", "4": "#614C32", "5": "#3A2914"}
@@ -553,8 +553,11 @@ def attack(path, rows, run, norm, failed_audits):
     axes = figure.subplots()
     artists = draw_over_eps(axes, curves, "L2" if l2 else "L∞")
     guessing = 100 / len(run.classes)
-    artists.append(axes.axhline(guessing, color=NEUTRAL, linewidth=0.8, linestyle="-.", zorder=0))
-    legend(figure, artists, [*labels, f"guessing, {guessing:.0f} %"])
+    if guessing > axes.get_ylim()[0]:
+        line = {"color": NEUTRAL, "linewidth": 0.8, "linestyle": "-.", "zorder": 0}
+        artists.append(axes.axhline(guessing, **line))
+        labels.append(f"guessing, {guessing:.3g} %")
+    legend(figure, artists, labels)
     verdict = "All audits of the attack pass."
     if failed_audits:
         failed = plain("; ".join(failed_audits), 400)

@@ -137,29 +137,32 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
 def tell_what_is_replaced(run):
     """One line if the run will replace results that were made with other arguments."""
     record = read_record(run.folder, run.name)
-    if not record or not run.path(".csv").exists():
+    if run.args["resume"] or not record or not run.path(".csv").exists():
         return
-    now = json.loads(json.dumps(run.args))  # tuples as lists, as the record has them
-    differing = [f"--{name.replace('_', '-')} {spelled(value)}"
-                 for name, value in record["args"].items()
-                 if name not in {*checkpoints.NO_EFFECT, "checkpoint"} and now.get(name) != value]
+    before = record["args"] | {"amp": record.get("amp")}
+    now = json.loads(json.dumps(run.args | {"amp": run.amp}))  # tuples as lists, as in the record
+    ignored = {*checkpoints.NO_EFFECT, "checkpoint", "batch_size" if run.name != run.part else ""}
+    differing = [f"--{name.replace('_', '-')} {spelled(before[name])}"
+                 for name in sorted(before.keys() & now.keys() - ignored)
+                 if before[name] != now[name]]
     if differing:
-        print(f"{run.path('.csv')}, made with {', '.join(differing)}, will be replaced; to keep "
-              "it, stop now and give another --results-dir")
+        print(f"{run.path('.csv')}, made with {', '.join(differing)}, and what belongs to it will "
+              "be replaced; to keep it, stop now and give another --results-dir")
 
 
 def versions():
     """{package: version} of what computes, with Python's and, in a checkout, the commit.
 
-    Of files that are not committed as they are, a hash of the difference follows.
+    Where Python files are not committed as they are, a hash of the difference follows.
     """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
-    commit = git("describe", "--always", "--dirty")
+    commit = git("describe", "--always")
+    changed = git("diff", "HEAD", "--", "*.py")
+    if changed:
+        commit += f"-dirty-{hashlib.sha256(changed.encode()).hexdigest()[:7]}"
     if commit:
         found["commit"] = commit
-    if commit.endswith("-dirty"):
-        found["commit"] += f"-{hashlib.sha256(git('diff', 'HEAD').encode()).hexdigest()[:7]}"
     return found
 
 
@@ -450,9 +453,12 @@ def saved_before(run, model):
         saved, _ = common.load_checkpoint(run.path(".pt"), run.device)
     except UsageError:
         return None
-    trained = dict(model.backbone.named_parameters())
+    trained = dict(model.backbone.named_parameters())  # to the bit; all else but for rounding
     same = [torch.equal(weights, trained[name])
             for name, weights in saved.backbone.named_parameters()]
+    ours = model.state_dict()
+    same += [torch.allclose(tensor.float(), ours[name].float(), rtol=1e-3, atol=1e-5)
+             for name, tensor in saved.state_dict().items() if all(same)]
     return saved if all(same) else None
 
 
@@ -468,18 +474,13 @@ class Panel(NamedTuple):
     clean_features: torch.Tensor
 
 
-def shared_k(panels):
-    """How many neighbours all panels can ask, so that their accuracies compare."""
-    return min(metrics.neighbours_for(panel.labels, not_itself=True) for panel in panels)
-
-
 def umap_rows(run, panels):
     """What the maps show, measured in 512 dimensions, where models can be compared.
 
-    The neighbour measure asks the clean images of the panel, the image itself left out; where the
-    smallest class has one image it is nan.
+    The neighbour measure asks the clean images of the panel, the image itself left out, as many of
+    them in all panels; where the smallest class has one image it is nan.
     """
-    k = shared_k(panels)
+    k = min(metrics.neighbours_for(panel.labels, not_itself=True) for panel in panels)
     rows = []
     for panel in panels:
         place = (run, panel.split, panel.condition, panel.severity)
@@ -513,14 +514,13 @@ def draw_umap(run, panels, measured):
               "stand")
         checkpoints.remove(files, "as of a former run")
         return
-    k = shared_k(panels)
     drawn = []
     start = 0
     for i, panel in enumerate(panels):
         neighbours, silhouette = measured[2 * i], measured[2 * i + 1]
         found = []
-        if k > 0:
-            found.append(f"{k}-NN {percent(neighbours['value'])} %")
+        if math.isfinite(neighbours["value"]):
+            found.append(f"{neighbours['metric'].split()[0]} {percent(neighbours['value'])} %")
         if math.isfinite(silhouette["value"]):
             found.append(f"silhouette {silhouette['value']:.2f}")
         title = f"{panel.title}\n{', '.join(found)}"

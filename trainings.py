@@ -272,18 +272,17 @@ def pair_table(tests):
                            "verdict"), body)
 
 
-def made_with(study):
-    """Which commits, precisions and devices the trainings and tests of a study were made with."""
-    found = {"commit": set(), "mixed precision": set(), "device": set(), "torch": set()}
-    for part in study.parts.values():
-        for record in (part.record, part.part2_record):
-            if record:
-                found["commit"].add(record["versions"].get("commit", "unknown"))
-                found["mixed precision"].add(record.get("amp", "unknown"))
-                found["device"].add(record.get("device", "unknown"))
-                found["torch"].add(record["versions"].get("torch", "unknown"))
-    return [f"{name} {', '.join(sorted(map(report.spelled, values)))}"
-            for name, values in found.items()]
+def made_with(*studies):
+    """{commit, mixed precision, device, torch: all that trainings and tests were made with}."""
+    found = {"commit": {}, "mixed precision": {}, "device": {}, "torch": {}}  # each once, in order
+    for study in studies:
+        for part in study.parts.values():
+            for record in filter(None, (part.record, part.part2_record)):
+                said = record["versions"] | {"mixed precision": record.get("amp", "unknown"),
+                                             "device": record.get("device", "unknown")}
+                for name, values in found.items():
+                    values[report.spelled(said.get(name, "unknown"))] = None
+    return found
 
 
 def training_text(studies, tables, lines, counts, tests):
@@ -320,11 +319,13 @@ def training_text(studies, tables, lines, counts, tests):
     left_out = []
     for study in studies:
         seed = next(iter(study.parts.values())).seed
+        made = [f"{name} {', '.join(values)}" for name, values in made_with(study).items()]
         items.append(f"- {code(study.folder.as_posix())}: seed {seed}, split {study.split_hash}; "
-                     f"{', '.join(study.parts)}; {pages.escape('; '.join(made_with(study)))}")
+                     f"{', '.join(study.parts)}; {pages.escape('; '.join(made))}")
         left_out += [f"{study.folder.as_posix()}: {sentence}" for sentence in study.left_out]
-    if len({tuple(made_with(study)) for study in studies}) > 1:
-        items.append("- **Not all of these were made by the same code, precision and device.**")
+    differing = [name for name, values in made_with(*studies).items() if len(values) > 1]
+    if differing:
+        items.append(f"- **Not all of these are of the same {', '.join(differing)}.**")
     text += ["## What ran", "\n".join(items), "Each directory's summary.md has the commands.",
              "## Left out", bullets(left_out)]
     return "\n\n".join(text) + "\n"

@@ -119,6 +119,16 @@ def test_a_saturated_softmax_changes_no_figure_on_unit_logits_and_is_found(victi
     assert "fgsm_unit 8/255 is hardly stronger than fgsm" in failed
 
 
+def test_pgd_that_goes_too_far_is_found(victim, monkeypatch):
+    def too_far(model, images, labels, eps, norm):
+        return pgd(model, images, labels, 2 * eps, norm)
+
+    pgd = common.pgd
+    monkeypatch.setattr(common, "pgd", too_far)
+    failed, _, _ = attack(*victim)
+    assert "|delta| is at most eps" in failed
+
+
 def test_steps_in_normalized_units_are_too_long(victim, monkeypatch):
     honest = common.fgsm_direction
     monkeypatch.setattr(common, "fgsm_direction",

@@ -601,7 +601,17 @@ def test_attacks_are_of_one_norm_and_eps_stand_evenly(norm, name, tmp_path, draw
     assert sum("n = 100" in w for w in words(figure)) == 1
     for curve in axes.containers:  # none is shifted: what is stronger stands lower
         assert set(curve.lines[0].get_xdata()) <= {0, 1, 2, 3, 4, 5}
-    assert "guessing, 10 %" in words(figure)
+
+
+@pytest.mark.parametrize(("classes", "low", "said"), [
+    (10, 0.05, "guessing, 10 %"), (300, 0.001, "guessing, 0.333 %"), (10, 0.6, "")])
+def test_the_attack_shows_what_guessing_gives_where_it_is_in_sight(classes, low, said, tmp_path,
+                                                                   drawn):
+    rows = [row("fgsm", "0", 0.7), row("fgsm", "8", low)]
+    run = run_of([f"class {i}" for i in range(classes)])
+    plots.attack(tmp_path / "x.png", rows, run, "inf", [])
+    figure = drawn["x.png"][0]
+    assert [w for w in words(figure) if "guessing" in w] == [said] * bool(said)
 
 
 def test_that_all_images_are_jpeg_is_said_where_jpeg_is_held_out(tmp_path, drawn):

@@ -261,11 +261,11 @@ def test_attacks_are_claimed_against_guessing_and_audits_are_counted(tmp_path):
               extra=audits)
         text = text_of(tmp_path)
         line = next(line for line in text.splitlines() if "does not withstand" in line)
-        assert "guessing (50.0 %) under worst of one-step attacks 8/255" in line
+        assert "guessing (50.0 %) under worst of its own one-step attacks 8/255" in line
         assert f"**this network: {expected}**" in line
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.6, worst_case_audit=0.4))
     line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
-    assert "under worst of all attacks 8/255" in line  # with PGD, the strongest
+    assert "under worst of its own attacks 8/255" in line  # with PGD, the strongest
     assert "**this network: supported**" in line
     assert "1 of 2 pass | **contradicted**" in text
     assert "- **does not hold**: part1: PGD is stronger" in text
@@ -643,18 +643,23 @@ def test_part_2_of_other_arguments_is_refused(tmp_path):
 
 
 def test_other_code_precision_and_device_are_told(tmp_path):
-    folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}) for seed in (0, 1, 2)]
+    folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}, {CLEAN: 0.6})
+               for seed in (0, 1, 2)]
     trainings.compare_trainings(folders)
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
     assert text.count("mixed precision off; device cpu; torch 2") == 3
     assert "Not all of these" not in text
-    path = folders[1] / "part1.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    for change in ({"amp": "bf16"}, {"device": "NVIDIA H100"}, {"versions": {"commit": "abc"}}):
-        path.write_text(json.dumps(record | change), encoding="utf-8")
+    record = json.loads((folders[0] / "part1.json").read_text(encoding="utf-8"))
+    for change, said in (({"amp": "bf16"}, "mixed precision"), ({"amp": ["?"]}, "mixed precision"),
+                         ({"device": "NVIDIA H100"}, "device"),
+                         ({"versions": {"commit": "abc", "torch": "2"}}, "commit")):
+        for folder in folders:  # part 1 alone: all directories are alike
+            old = json.loads((folder / "part1.json").read_text(encoding="utf-8"))
+            kept = {"weights": old["weights"], "args": old["args"]}
+            (folder / "part1.json").write_text(json.dumps(record | change | kept), "utf-8")
         trainings.compare_trainings(folders)
         text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
-        assert "Not all of these were made by the same code, precision and device" in text
+        assert f"- **Not all of these are of the same {said}.**" in text
 
 
 def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):

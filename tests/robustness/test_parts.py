@@ -298,8 +298,9 @@ def test_severities_and_eps_that_stand_twice_count_once():
 
 
 @pytest.mark.parametrize(("labels", "expected"), [
-    ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0] * 20, list(range(10))), ([1, 0] * 50, [0] * 5 + [1] * 5),
-    ([2, 0, 1], [0, 1, 2])])
+    ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0] * 20, range(10)), ([1, 0] * 50, [0] * 5 + [1] * 5),
+    ([2, 0, 1], range(3)), ([0] * 100 + [2] * 3, [0] * 5 + [2] * 3),
+    ([*range(19)] * 3, range(0, 19, 2))])
 def test_examples_are_of_all_classes(labels, expected):
     labels = torch.tensor(labels)
-    assert labels[part2_robustness.of_all_classes(labels)].tolist() == expected
+    assert labels[part2_robustness.of_all_classes(labels)].tolist() == list(expected)

@@ -9,6 +9,7 @@ import time
 
 import common
 import part2_robustness
+import plots
 import report
 
 import numpy as np
@@ -202,12 +203,47 @@ def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatc
         found.append(report.versions()["commit"])
     assert len(set(found)) == 3
     assert [commit.count("-dirty-") for commit in found] == [0, 1, 1]
+    (tmp_path / "README.md").write_text("no code")
+    git("add", "README.md")
+    assert report.versions()["commit"] == found[-1]
+
+
+def test_a_finished_training_whose_statistics_the_code_changed_is_written_anew(narrow, tree, mine,
+                                                                              monkeypatch):
+    def other_statistics(average, images, amp):
+        model = estimate(average, images, amp)
+        model.backbone.bn1.running_mean += 0.3
+        return model
+
+    estimate = common.WeightAverage.for_evaluation
+    before = read(mine / "part1.csv")
+    monkeypatch.setattr(common.WeightAverage, "for_evaluation", other_statistics)
+    code, error, _ = call("part1_baseline", on_tree(tree, mine, "--resume"))
+    assert code == 0, error
+    assert {row["weights"] for row in read(mine / "part1.csv")} != {before[0]["weights"]}
+
+
+def test_part_2_calls_the_model_what_its_training_called_it(narrow, tree, tmp_path, monkeypatch):
+    def severities(path, rows, run):
+        found.append((run.label, run.seed))
+
+    found = []
+    monkeypatch.setattr(plots, "severities", severities)
+    argv = on_tree(tree, tmp_path, "--loss", "arcface", "--no-part2", "--seed", 3)
+    assert call("part4_angular", argv)[0] == 0
+    argv = on_checkpoint(tmp_path / "part4.pt", tmp_path, "--seed", 7)
+    assert call("part2_robustness", argv)[0] == 0
+    assert found == [("ArcFace", 3)]
+    assert {row["seed"] for row in read(tmp_path / "part4_robustness.csv")} == {"3"}
 
 
 def test_part_2_says_which_table_it_will_replace(narrow, mine):
-    _, _, out = call("part2_robustness", on_checkpoint(mine / "part1.pt", mine))
-    assert "will be replaced" not in out
-    _, _, out = call("part2_robustness", on_checkpoint(mine / "part1.pt", mine, "--severities", 5))
-    assert f"{mine / 'part2.csv'}, made with --severities 3, will be replaced; to keep it" in out
-    _, _, out = call("part3_augmented", ["--quick", "--dataset", "digits", "--results-dir", mine])
-    assert "will be replaced" not in out  # refused: another study's directory
+    def told(*argv):
+        code, error, out = call("part2_robustness", on_checkpoint(mine / "part1.pt", mine, *argv))
+        assert code == 0, error
+        return [line for line in out.splitlines() if "will be replaced" in line]
+
+    assert told() == told("--batch-size", 7, "--amp", "off") == []
+    [line] = told("--severities", 5, "--norm", 2)
+    assert f"{mine / 'part2.csv'}, made with --norm inf, --severities 3, and what belongs" in line
+    assert told("--severities", 5, "--norm", 2, "--resume") == []

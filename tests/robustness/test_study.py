@@ -66,11 +66,16 @@ def test_what_is_finished_is_not_run_again_what_failed_is(study, tmp_path):
     assert scripts("STUDIED=part1 part3 part4") == ["part4_angular.py", part2]
 
 
-def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study):
-    assert len(study("SEEDS=1", "ARGS=--epochs 5")) == 12
-    assert study("SEEDS=1", "ARGS=--epochs 6") == []
-    assert study("SEEDS=1", "ARGS=--epochs 5", "TESTS=--severities 3") == []
-    assert study("SEEDS=1 2", "ARGS=--epochs 5")  # more seeds
+def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study, tmp_path):
+    (tmp_path / "failing").write_text("part")
+    study("SEEDS=1", "ARGS=--no-such-flag")  # what makes nothing binds nobody
+    (tmp_path / "failing").unlink()
+    args = "ARGS=--epochs 5 --data-dir 'a\\b c'"
+    assert len(study("SEEDS=1", args)) == 12
+    assert study("SEEDS=1", args) == []  # finished
+    assert study("SEEDS=1 2", "ARGS=--epochs 6") == []
+    assert study("SEEDS=1 2", args, "TESTS=--severities 3") == []
+    assert len(study("SEEDS=1 2", args)) == 13  # another seed, and the summary
     assert len(study("SEEDS=1", "ARGS=--epochs 6", "RESULTS=another")) == 12
 
 
