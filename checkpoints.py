@@ -221,15 +221,15 @@ def tell_other_versions(path, before, versions):
             versions[name] = f"{had}, then {now}"
 
 
-def save_state(path, identity, epoch, history, parts, generator, versions=()):
+def save_state(path, identity, epoch, history, parts, generator, versions):
     """Saves a training after `epoch` finished epochs. parts: name → object with a state_dict."""
     states = {name: part.state_dict() for name, part in parts.items()}
     write(path, {"identity": identity, "epoch": epoch, "history": history, "parts": states,
                  "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
-                 "versions": dict(versions)})
+                 "versions": versions})
 
 
-def resume(path, wanted, identity, epochs, parts, generator, versions=None):
+def resume(path, wanted, identity, epochs, parts, generator, versions):
     """Where a training starts: (start_epoch, history), after the state of `save_state` if `wanted`.
 
     versions: of code and packages, which take in those of the state.
@@ -251,7 +251,7 @@ def resume(path, wanted, identity, epochs, parts, generator, versions=None):
         generator.set_state(content["generator"].cpu())
         torch.set_rng_state(content["torch_rng"])
         start_epoch, history = int(content["epoch"]), list(content["history"])
-        tell_other_versions(path, content.get("versions", {}), {} if versions is None else versions)
+        tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None
@@ -259,13 +259,13 @@ def resume(path, wanted, identity, epochs, parts, generator, versions=None):
     return start_epoch, history
 
 
-def save_finished(path, identity, finished, versions=()):
+def save_finished(path, identity, finished, versions):
     """Saves the conditions that part 2 has finished. finished: (name, severity) → values."""
     write(path, {"identity": identity, "finished": list(finished.items()),
-                 "versions": dict(versions)})
+                 "versions": versions})
 
 
-def resume_finished(path, wanted, identity, device, versions=None):
+def resume_finished(path, wanted, identity, device, versions):
     """The conditions that `save_finished` left, if `wanted`, else none. Raises as `resume` does."""
     if not Path(path).exists():
         return {}
@@ -276,7 +276,7 @@ def resume_finished(path, wanted, identity, device, versions=None):
     try:
         check_identity(path, content["identity"], identity)
         finished = {tuple(key): tuple(value) for key, value in content["finished"]}
-        tell_other_versions(path, content.get("versions", {}), {} if versions is None else versions)
+        tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None

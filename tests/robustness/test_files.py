@@ -134,7 +134,7 @@ def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(tmp_path, content):
 def save_state(path, parts, identity=None, epoch=3):
     generator = torch.Generator()
     checkpoints.save_state(path, identity or {"--lr": 0.1}, epoch, [{"loss": 1.0}], parts,
-                           generator)
+                           generator, {})
     return generator
 
 
@@ -145,9 +145,9 @@ def test_a_state_of_other_code_is_refused_in_one_sentence(tmp_path, now):
     before = {"model": nn.Linear(2, 2)}
     generator = save_state(tmp_path / "x.pt", before)
     arguments = (tmp_path / "x.pt", True, {"--lr": 0.1}, 5)
-    assert checkpoints.resume(*arguments, before, generator) == (3, [{"loss": 1.0}])
+    assert checkpoints.resume(*arguments, before, generator, {}) == (3, [{"loss": 1.0}])
     with pytest.raises(UsageError, match=r"^--resume: .*x.pt .*other code.*leave --resume out.*$"):
-        checkpoints.resume(*arguments, now, generator)
+        checkpoints.resume(*arguments, now, generator, {})
 
 
 @pytest.mark.parametrize(("before", "now", "advice"), [
@@ -159,7 +159,7 @@ def test_a_state_of_other_arguments_is_refused_with_what_fits(tmp_path, before, 
     parts = {"model": nn.Linear(2, 2)}
     generator = save_state(tmp_path / "x.pt", parts, before | {"--seed": 0})
     with pytest.raises(UsageError, match=f"{advice}, or leave --resume out"):
-        checkpoints.resume(tmp_path / "x.pt", True, now | {"--seed": 0}, 5, parts, generator)
+        checkpoints.resume(tmp_path / "x.pt", True, now | {"--seed": 0}, 5, parts, generator, {})
 
 
 @pytest.mark.parametrize(("epoch", "said"), [
@@ -173,7 +173,7 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
     content = torch.load(path, weights_only=True)
     torch.save(content | {"epoch": epoch}, path)
     before = path.read_bytes()
-    assert checkpoints.resume(path, False, {"--lr": 0.9}, 5, parts, generator) == (0, [])
+    assert checkpoints.resume(path, False, {"--lr": 0.9}, 5, parts, generator, {}) == (0, [])
     out = capsys.readouterr().out
     assert said in out
     assert out.count("\n") == bool(said)
@@ -183,11 +183,11 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
 @pytest.mark.parametrize("finished", [[], None, 7])
 def test_an_odd_state_of_part_2_is_announced_too(tmp_path, capsys, finished):
     checkpoints.write(tmp_path / "x.pt", {"identity": {}, "finished": finished})
-    assert checkpoints.resume_finished(tmp_path / "x.pt", False, {}, CPU) == {}
+    assert checkpoints.resume_finished(tmp_path / "x.pt", False, {}, CPU, {}) == {}
     assert "will be replaced" in capsys.readouterr().out
     if finished != []:
         with pytest.raises(UsageError, match="does not fit"):
-            checkpoints.resume_finished(tmp_path / "x.pt", True, {}, CPU)
+            checkpoints.resume_finished(tmp_path / "x.pt", True, {}, CPU, {})
 
 
 # ---- one writer ---------------------------------------------------------------------------------
