@@ -17,7 +17,7 @@ from pages import bullets, code, markdown_table
 
 import numpy as np
 
-NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed"}
+NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `made_with` tells of it
 NOT_COMPARED_PART2 = {*NOT_COMPARED, "checkpoint", "batch_size", "cifar10c"}
 MAIN_ATTACK = "FGSM 8/255"  # that a claim is made of
 
@@ -273,15 +273,16 @@ def pair_table(tests):
 
 
 def made_with(*studies):
-    """{commit, mixed precision, device, torch: all that trainings and tests were made with}."""
-    found = {"commit": {}, "mixed precision": {}, "device": {}, "torch": {}}  # each once, in order
+    """{commit, precision, device, torch, --compile: all that trainings and tests were made with}."""
+    found = {name: {} for name in ("commit", "mixed precision", "device", "torch", "--compile")}
     for study in studies:
         for part in study.parts.values():
             for record in filter(None, (part.record, part.part2_record)):
                 said = record["versions"] | {"mixed precision": record.get("amp", "unknown"),
-                                             "device": record.get("device", "unknown")}
+                                             "device": record.get("device", "unknown"),
+                                             "--compile": record["args"].get("compile", "unknown")}
                 for name, values in found.items():
-                    values[report.spelled(said.get(name, "unknown"))] = None
+                    values[report.spelled(said.get(name, "unknown"))] = None  # once, in order
     return found
 
 

@@ -662,6 +662,16 @@ def test_other_code_precision_and_device_are_told(tmp_path):
         assert f"- **Not all of these are of the same {said}.**" in text
 
 
+def test_compiled_trainings_are_compared_with_others_and_told(tmp_path):
+    folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}, {CLEAN: 0.6}, compile=seed > 1)
+               for seed in (0, 1, 2)]
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert text.count("--compile False") == 2
+    assert text.count("--compile True") == 1
+    assert "- **Not all of these are of the same --compile.**" in text
+
+
 def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5}, device=f"cuda:{seed}", no_umap=seed > 0,
                         umap_points=50 + seed, results_dir=str(seed), data_dir=str(seed),
