@@ -158,14 +158,14 @@ def releases_locks(main):
 
 
 def one_at_a_time(work):
-    """Decorates work(folder): runs that come to the same folder together take turns.
+    """Decorates work(folder, …): runs that come to the same folder together take turns.
 
     So the last of several parts that end together has seen the files of all. The folder itself is
     locked; where the file system has no locks, nobody waits.
     """
 
     @functools.wraps(work)
-    def in_turn(folder):
+    def in_turn(folder, *rest):
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
@@ -173,7 +173,7 @@ def one_at_a_time(work):
                 opened = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, opened)
                 fcntl.flock(opened, fcntl.LOCK_EX)
-            return work(folder)
+            return work(folder, *rest)
 
     return in_turn
 

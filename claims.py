@@ -16,7 +16,7 @@ STRONGEST = ("worst_case_audit", "worst_case_audit_l2",  # of all attacks, PGD w
              "worst_case", "worst_case_l2", "pgd", "pgd_l2", "fgsm", "fgsm_l2")
 OUTCOMES = {"better": "supported", "worse": "contradicted"}
 CLAIMED = {TEST: "on clean test images", SEEN: "under perturbations of families that part 3 "
-           "trains on", HELD_OUT: "under perturbations of held-out families"}
+           "trains on", HELD_OUT: "under perturbations of families that part 3 does not train on"}
 
 
 class Claim(NamedTuple):

@@ -1,15 +1,17 @@
 """What a results directory holds, joined by weights, and what can be compared in it."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
 
+import checkpoints
 import common
 import metrics
 import report
 from arguments import UsageError
 from datasets import JPEG_COPY
-from pages import escape, markdown_table
+from pages import code, escape, markdown_table
 
 import numpy as np
 
@@ -103,6 +105,9 @@ def read_study(folder):
     seen = parts["part3"].args.get("families") if "part3" in parts else None
     if not isinstance(seen, list):
         seen = common.SEEN_FAMILIES
+        if "part3" in parts:
+            left_out.append("part3.json: missing, or of other weights; that part 3 trained on the "
+                            f"families {', '.join(seen)} is assumed")
     dataset, split_hash = studies.pop()
     return Study(folder, dataset, split_hash, parts, left_out, seen)
 
@@ -428,28 +433,73 @@ def lines_table(lines, group, titles):
     return markdown_table(("accuracy, %", *titles.values()), body)
 
 
-def explanation(study, table, whole):
-    """The lines under the large tables: what is a mean of what."""
-    severities = set()
-    kept = set()
-    for row in table:
-        kept.add((row["condition"], row["severity"]))
-        if row["in_part3_training"] and row["severity"]:
-            severities.add(row["severity"])
-    dropped = {(row["condition"], row["severity"]) for row in whole} - kept
-    held_out = [family for family in dict.fromkeys(common.FAMILY.values())
-                if family not in study.seen]
-    seen = escape(", ".join(map(str, study.seen))) or "none"
-    text = (f"Means are over severities ({', '.join(sorted(severities)) or 'none tested'}), then "
-            f"over perturbations. Families that part 3 trains on: {seen}; held out: "
-            f"{', '.join(held_out)}.")
-    if any(row["in_part3_training"] == JPEG_NOTE for row in table):
+def explanation(studies, table, whole):
+    """[the lines under a table of perturbations: what is a mean of what], or [] without any.
+
+    table: the `measured` rows that are `shared`; whole: all of them.
+    """
+    perturbed = {(row["condition"], row["severity"]) for row in whole if is_perturbed(row)}
+    if not perturbed:
+        return []
+    kept = {(row["condition"], row["severity"]) for row in table if is_perturbed(row)}
+    ours = [row for row in table if row["in_part3_training"]]
+    severities = sorted({row["severity"] for row in ours if row["severity"]})
+    seen = studies[0].seen
+    held_out = [family for family in dict.fromkeys(common.FAMILY.values()) if family not in seen]
+    text = (f"Means are over severities ({', '.join(severities) or 'none'}), then over "
+            f"perturbations. Families that part 3 trains on: "
+            f"{escape(', '.join(map(str, seen))) or 'none'}; held out: {', '.join(held_out)}.")
+    others = [name for name in dict.fromkeys(itertools.chain(*(study.parts for study in studies)))
+              if name.endswith("_augmented")]
+    if others and set(seen) != set(common.SEEN_FAMILIES):
+        text += f" {', '.join(others)} trains on {', '.join(common.SEEN_FAMILIES)}."
+    if any(row["in_part3_training"] == JPEG_NOTE for row in ours):
         text += (f" JPEG is left out of the held-out mean, since the {JPEG_NOTE} (it counts in "
                  "mPC).")
-    if dropped:
+    if perturbed - kept:
         text += (" Left out, as not every model was tested on them: "
-                 f"{len(dropped)} pairs of condition and severity.")
+                 f"{len(perturbed - kept)} pairs of condition and severity.")
+    return [text]
+
+
+def argument_differences(part, reference):
+    """Sentences: every argument in which two trainings differ, or their tests by part 2."""
+    if part.record is None or reference.record is None:
+        return "Whether their arguments are the same is not known: a record (.json) is missing."
+    text = f"Their trainings differ in {differences(part.record, reference, reference.record)}."
+    if part.part2_record and reference.part2_record:
+        tests = differences(part.part2_record, reference, reference.part2_record)
+        text += f" Their tests by part 2 differ in {tests}."
     return text
+
+
+def differences(record, reference, other):
+    """In which arguments the record of a run differs from a reference's `other`, in words."""
+    ours, theirs = facts(record), facts(other)
+    differing = []
+    alone = []
+    for name in {**ours, **theirs}:
+        if name not in theirs:
+            alone.append(f"{name} {escape(ours[name])}")
+        elif name not in ours:
+            alone.append(f"{name} {escape(theirs[name])} ({reference.name})")
+        elif ours[name] != theirs[name]:
+            differing.append(f"{name} ({escape(ours[name])}; {reference.name} "
+                             f"{escape(theirs[name])})")
+    text = ", ".join(differing) or "no argument that both have"
+    return f"{text}; arguments of one alone: {', '.join(alone)}" if alone else text
+
+
+def facts(record):
+    """{argument: value} of a run, as far as they change its result, as Markdown."""
+    of_part2 = {"checkpoint", "batch_size"} if "checkpoint" in record["args"] else set()
+    values = {}
+    for name, value in record["args"].items():
+        if name not in checkpoints.NO_EFFECT | of_part2 and name != "amp":
+            values[code(f"--{name.replace('_', '-')}")] = report.spelled(value)
+    values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
+    values["commit"] = report.spelled(record["versions"].get("commit", "unknown"))
+    return values
 
 
 def pairs(parts):

@@ -123,38 +123,8 @@ def compared(part, reference, tests):
     if attacks:
         sentences.append(f"Attacks that are not compared, being of other images: "
                          f"{'; '.join(attacks)}.")
-    sentences.append(argument_differences(part, reference))
+    sentences.append(comparison.argument_differences(part, reference))
     return [f"Against {reference.title}:", *sentences]
-
-
-def facts(record):
-    """{argument: value} of a training, as far as they change its result, as Markdown."""
-    values = {}
-    for name, value in record["args"].items():
-        if name not in checkpoints.NO_EFFECT and name != "amp":
-            values[code(f"--{name.replace('_', '-')}")] = report.spelled(value)
-    values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
-    values["commit"] = report.spelled(record["versions"].get("commit", "unknown"))
-    return values
-
-
-def argument_differences(part, reference):
-    """One sentence: every argument in which two trainings differ."""
-    if part.record is None or reference.record is None:
-        return "Whether their arguments are the same is not known: a record (.json) is missing."
-    ours, theirs = facts(part.record), facts(reference.record)
-    differing = []
-    alone = []
-    for name in {**ours, **theirs}:
-        if name not in theirs:
-            alone.append(f"{name} {escape(ours[name])}")
-        elif name not in ours:
-            alone.append(f"{name} {escape(theirs[name])} ({reference.name})")
-        elif ours[name] != theirs[name]:
-            differing.append(f"{name} ({escape(ours[name])}; {reference.name} "
-                             f"{escape(theirs[name])})")
-    text = f"Their trainings differ in {', '.join(differing) or 'no argument that both have'}"
-    return f"{text}; arguments of one alone: {', '.join(alone)}." if alone else f"{text}."
 
 
 def calibration_table(study, table):
@@ -261,8 +231,8 @@ def summary(study, table, whole, tests):
     for group, title in comparison.GROUPS.items():
         if any(line.group == group for line in lines):
             text += [f"## {title}", comparison.lines_table(lines, group, study.titles)]
-            if group == "perturbed":
-                text.append(comparison.explanation(study, table, whole))
+        if group == "perturbed":
+            text += comparison.explanation([study], table, whole)
     text += [TESTED, "## Calibration", calibration_table(study, table),
              "## Loss or head?", HEADS, heads_table(study),
              "## Audit of the attacks", audit_text(study), "## What ran", what_ran(study),

@@ -1,5 +1,6 @@
 """The comparison over several trainings: what holds of a method, not of one network."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +50,8 @@ def compare_trainings(folders):
     """
     studies = [comparison.read_study(folder) for folder in folders]
     check(studies)
+    seen = next((study.seen for study in studies if "part3" in study.parts), studies[0].seen)
+    studies = [study._replace(seen=seen) for study in studies]  # also where no part 3 is
     counts = {}  # part -> number of trainings
     for name in common.PARTS:
         n = sum(name in study.parts for study in studies)
@@ -60,10 +63,7 @@ def compare_trainings(folders):
     tests = method_tests(lines, counts)
     rows = training_rows(studies[0].dataset, lines, counts, tests)
     parent = Path(folders[0]).resolve().parent
-    report.write_rows(parent / "trainings.csv", rows)
-    text = training_text(studies, tables, lines, counts, tests)
-    report.write_text(parent / "trainings.md", text)
-    pages.write(parent / "trainings.html", text)
+    write(parent, rows, training_text(studies, tables, lines, counts, tests))
     body = []
     for line in lines:
         spreads = [spread(line.values[name], n) for name, n in counts.items()]
@@ -71,6 +71,13 @@ def compare_trainings(folders):
     report.print_table(f"{studies[0].dataset}, accuracy in %, mean ± standard deviation over "
                        f"trainings ({parent / 'trainings.md'})", ("", *counts), body)
     return rows
+
+
+@checkpoints.one_at_a_time
+def write(parent, rows, text):
+    report.write_rows(parent / "trainings.csv", rows)
+    report.write_text(parent / "trainings.md", text)
+    pages.write(parent / "trainings.html", text)
 
 
 # ---- what may be summarized ---------------------------------------------------------------------
@@ -105,39 +112,47 @@ def check(studies):
             raise UsageError(f"{other} and {study.folder} are both of seed {seeds[0]}, split "
                              f"{study.split_hash}; expected different trainings")
     for name in common.PARTS:
-        check_arguments(studies, name)
+        trained = [(study.folder, study.parts[name].record) for study in studies
+                   if name in study.parts]
+        tested = [(study.folder, study.parts[name].part2_record) for study in studies
+                  if name in study.parts and study.parts[name].has_part2]
+        check_records(name, trained, NOT_COMPARED)
+        check_records(report.robustness_name(name), tested, NOT_COMPARED_PART2)
+    check_data(studies)
 
 
-def check_arguments(studies, name):
-    """Raises UsageError if trainings of one part differ in an argument that changes results."""
-    first = None
+def check_records(name, records, not_compared):
+    """Raises UsageError if (folder, record) of one part differ in what changes results."""
+    for folder, record in records:
+        if record is None:
+            raise UsageError(f"{folder}/{name}.json is missing or of other weights, so that the "
+                             f"arguments of {name} cannot be compared; run it again, or leave the "
+                             "directory out")
+        refuse(name, not_compared, *records[0], folder, record)
+
+
+def check_data(studies):
+    """Raises UsageError unless all records have the same classes and numbers of images."""
+    known = {}
     for study in studies:
-        part = study.parts.get(name)
-        if part is None:
-            continue
-        if part.record is None:
-            raise UsageError(f"{study.folder}/{name}.json is missing or of other weights, so that "
-                             f"the arguments of {name} cannot be compared; train it again, or "
-                             "leave the directory out")
-        if first is None:
-            first = study
-            continue
-        before = first.parts[name]
-        refuse(name, NOT_COMPARED, first, before.record, study, part.record)
-        if before.part2_record and part.part2_record:
-            refuse(report.robustness_name(name), NOT_COMPARED_PART2, first, before.part2_record,
-                   study, part.part2_record)
+        for part in study.parts.values():
+            for key, what in (("classes", "the classes"), ("sizes", "as many images as")):
+                found = part.record.get(key)
+                other, expected = known.setdefault(key, (study.folder, found))
+                if found != expected:
+                    raise UsageError(f"{other} has {what} {expected}, {study.folder} {found}; "
+                                     "expected one data set")
 
 
-def refuse(name, not_compared, first, before, study, now):
-    """Raises UsageError if two records differ in an argument."""
+def refuse(name, not_compared, first, before, folder, now):
+    """Raises UsageError if two records differ in an argument, or in CIFAR-10-C's files."""
     for argument in sorted({*before["args"], *now["args"]} - not_compared):
         values = before["args"].get(argument, "absent"), now["args"].get(argument, "absent")
         if values[0] != values[1]:
             flag = argument.replace("_", "-")
-            raise UsageError(f"{name} has --{flag} {report.spelled(values[0])} in {first.folder} "
-                             f"and {report.spelled(values[1])} in {study.folder}; expected "
-                             "trainings that differ in seeds alone")
+            raise UsageError(f"{name} has --{flag} {report.spelled(values[0])} in {first} and "
+                             f"{report.spelled(values[1])} in {folder}; expected trainings that "
+                             "differ in seeds alone")
 
 
 # ---- means and tests ----------------------------------------------------------------------------
@@ -273,7 +288,7 @@ def pair_table(tests):
 
 
 def made_with(*studies):
-    """{commit, precision, device, torch, --compile: all that trainings and tests were made with}."""
+    """{commit, precision, device, torch, --compile: what trainings and tests were made with}."""
     found = {name: {} for name in ("commit", "mixed precision", "device", "torch", "--compile")}
     for study in studies:
         for part in study.parts.values():
@@ -309,13 +324,15 @@ def training_text(studies, tables, lines, counts, tests):
         if body:
             text += [f"## {title}, mean ± standard deviation",
                      markdown_table(("accuracy, %", *header), body)]
-        if body and group == "perturbed":
-            whole = comparison.measured(studies[0])
-            text.append(comparison.explanation(studies[0], tables[0], whole))
+        if group == "perturbed":
+            whole = itertools.chain.from_iterable(map(comparison.measured, studies))
+            text += comparison.explanation(studies, [*itertools.chain(*tables)], [*whole])
     for part, reference in comparison.pairs(counts):
         mine = [test for test in tests if (test.part, test.reference) == (part, reference)]
         if mine:
-            text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine)]
+            both = next(study.parts for study in studies if {part, reference} <= {*study.parts})
+            text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine),
+                     comparison.argument_differences(both[part], both[reference])]
     items = []
     left_out = []
     for study in studies:

@@ -662,6 +662,89 @@ def test_other_code_precision_and_device_are_told(tmp_path):
         assert f"- **Not all of these are of the same {said}.**" in text
 
 
+def test_families_are_those_of_the_part_3_that_some_folder_has(tmp_path):
+    tested = {CLEAN: 0.7} | perturbed(rotation=0.8, gaussian_noise=0.2)
+    folders = [training(tmp_path, seed, tested) for seed in (0, 1, 2)]
+    write(run_of(folders[2], "part3", "part3", B, 2, f"{2:012x}", families=["noise"]), {CLEAN: 0.7})
+    rows = method(tmp_path, folders)
+    assert float(rows[comparison.SEEN, "part1"]["mean"]) == pytest.approx(0.2)
+    assert float(rows[comparison.HELD_OUT, "part1"]["mean"]) == pytest.approx(0.8)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert "Families that part 3 trains on: noise; held out: blur, color, geometry." in text
+
+
+def test_other_data_of_the_same_name_are_refused(tmp_path):
+    for key, other, match in (("classes", ["cow", "dog"], r"seed0 has the classes \['cat'"),
+                              ("sizes", {"test": 60}, "seed0 has as many images as .* 60")):
+        folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1)]
+        path = folders[1] / "part1.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: other}), "utf-8")
+        with pytest.raises(UsageError, match=match):
+            trainings.compare_trainings(folders)
+
+
+def test_part_2_is_compared_where_the_first_folder_has_none(tmp_path):
+    folders = [training(tmp_path, 0, {CLEAN: 0.5})]
+    folders += [training(tmp_path, seed, {CLEAN: 0.5} | perturbed(rotation=0.5)) for seed in (1, 2)]
+    write(run_of(folders[2], "part2", "part1", f"{2:011x}1", 2, f"{2:012x}", targeted=True),
+          perturbed(rotation=0.5))
+    with pytest.raises(UsageError, match="part2 has --targeted absent in .*seed1 and True in"):
+        trainings.compare_trainings(folders)
+    (folders[2] / "part2.json").unlink()
+    with pytest.raises(UsageError, match="seed2/part2.json is missing"):
+        trainings.compare_trainings(folders)
+
+
+def test_perturbations_that_not_all_have_are_told_with_no_mean_left(tmp_path):
+    ours, theirs = {CLEAN: 0.7} | perturbed(rotation=0.5), {CLEAN: 0.7} | perturbed(cutout=0.5)
+    folders = [training(tmp_path, 0, ours, theirs), training(tmp_path, 1, ours, theirs)]
+    trainings.compare_trainings(folders)
+    told = "Left out, as not every model was tested on them: 2 pairs of condition and severity."
+    assert told in (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert told in text_of(folders[0])
+
+
+def test_perturbations_of_any_folder_count_as_left_out(tmp_path):
+    folders = [training(tmp_path, 0, {CLEAN: 0.7} | perturbed(rotation=0.5)),
+               training(tmp_path, 1, {CLEAN: 0.7} | perturbed(rotation=0.5, cutout=0.5))]
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert "Left out, as not every model was tested on them: 1 pairs" in text
+
+
+def test_arguments_in_which_part_and_reference_differ_stand_with_their_table(tmp_path):
+    folders = [training(tmp_path, seed, {CLEAN: 0.7} | perturbed(rotation=0.5),
+                        {CLEAN: 0.8} | perturbed(rotation=0.6)) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        about = (f"{seed:011x}3", seed, f"{seed:012x}")
+        write(run_of(folder, "part3", "part3", *about, epochs=200), {CLEAN: 0.8})
+        write(run_of(folder, "part3_robustness", "part3", *about, attack_images=9),
+              perturbed(rotation=0.6))
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert "Their trainings differ in `--epochs` (200; part1 6)." in text
+    assert ("Their tests by part 2 differ in no argument that both have; arguments of one alone: "
+            "`--attack-images` 9.") in text
+
+
+def test_families_of_a_part_3_without_a_record_are_said_to_be_assumed(tmp_path):
+    folder = training(tmp_path, 0, {CLEAN: 0.7}, {CLEAN: 0.7}, families=["noise"])
+    (folder / "part3.json").unlink()
+    assumed = "that part 3 trained on the families noise, color, geometry is assumed"
+    assert assumed in text_of(folder)
+
+
+def test_held_out_is_said_of_part_3_alone_where_part_4_trains_on_more(tmp_path):
+    folder = training(tmp_path, 0, {CLEAN: 0.7} | perturbed(rotation=0.5),
+                      {CLEAN: 0.7} | perturbed(rotation=0.5), families=["noise"])
+    write(run_of(folder, "part4_augmented", "part4_augmented", C, 0, f"{0:012x}"), {CLEAN: 0.7})
+    write(run_of(folder, "part4_augmented_robustness", "part4_augmented", C, 0, f"{0:012x}"),
+          perturbed(rotation=0.9))
+    text = text_of(folder)
+    assert "under perturbations of families that part 3 does not train on |" in text
+    assert "part4_augmented trains on noise, color, geometry." in text
+
+
 def test_compiled_trainings_are_compared_with_others_and_told(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}, {CLEAN: 0.6}, compile=seed > 1)
                for seed in (0, 1, 2)]
