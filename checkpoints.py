@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from arguments import RunError, UsageError, first_line
 
@@ -259,28 +260,37 @@ def resume(path, wanted, identity, epochs, parts, generator, versions):
     return start_epoch, history
 
 
-def save_finished(path, identity, finished, versions):
-    """Saves the conditions that part 2 has finished. finished: (name, severity) → values."""
-    write(path, {"identity": identity, "finished": list(finished.items()),
-                 "versions": versions})
+class Finished(NamedTuple):
+    """The conditions that part 2 has finished, kept on disk: from there --resume goes on."""
+
+    path: Path
+    identity: dict
+    versions: dict
+    values: dict  # (name, severity) → tuple
+
+    def add(self, condition, values):
+        self.values[condition] = values
+        write(self.path, {"identity": self.identity, "versions": self.versions,
+                          "finished": list(self.values.items())})
 
 
 def resume_finished(path, wanted, identity, device, versions):
-    """The conditions that `save_finished` left, if `wanted`, else none. Raises as `resume` does."""
+    """The Finished of an interrupted run, if `wanted`, else an empty one. Raises as `resume`."""
+    finished = Finished(path, identity, versions, {})
     if not Path(path).exists():
-        return {}
+        return finished
     if not wanted:
         tell_what_is_dropped(path, "finished", None)
-        return {}
+        return finished
     content = read(path, device)
     try:
         check_identity(path, content["identity"], identity)
-        finished = {tuple(key): tuple(value) for key, value in content["finished"]}
+        finished.values.update({tuple(key): tuple(value) for key, value in content["finished"]})
         tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None
-    print(f"Resumed after {len(finished)} conditions")
+    print(f"Resumed after {len(finished.values)} conditions")
     return finished
 
 

@@ -263,6 +263,8 @@ def against(part, reference, mine):
             result["difference"] = row["accuracy"] - other["value"]
             if row["family"] == "attack":
                 result["verdict"] = "not tested: an attack needs several trainings"
+            elif row["family"] == "CIFAR-10-C" and published(part) != published(reference):
+                result["verdict"] = "not tested: other files of CIFAR-10-C"
             elif ours_right is None or theirs_right is None:
                 result["verdict"] = "not tested: which images are right is not known of both"
             else:
@@ -275,6 +277,11 @@ def against(part, reference, mine):
             result["p_holm"] = float(p_holm)
             result["verdict"] = verdict(p_holm, result["difference"]) or "no difference shown"
     return results
+
+
+def published(part):
+    """The hash of CIFAR-10-C's files that a part was tested on, or None."""
+    return part.part2_record["versions"].get("CIFAR-10-C") if part.part2_record else None
 
 
 def right(part, key):

@@ -3,6 +3,7 @@
 Everything is read into arrays on the CPU, or refused in one sentence; no file changes.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,8 @@ def folder(data_dir):
     """The image files of DIR/train/<class>/** and DIR/test/<class>/**, resized to 32×32."""
     tree = image_folder.read_tree(Path(data_dir), SIZE)
     name = image_folder.text_of(Path(data_dir).resolve().name)
-    name = JPEG_COPY if name == "cifar10-jpg" else f"folder {name}"
+    jpeg_copy = name == "cifar10-jpg" and tuple(tree.classes) == CIFAR10_CLASSES
+    name = JPEG_COPY if jpeg_copy else f"folder {name}"
     return Arrays(name, *tree)
 
 
@@ -121,11 +123,11 @@ class Corrupted(NamedTuple):
 
 
 def cifar10c(folder, classes):
-    """CIFAR-10-C's own files in `folder`, checked now, read as they are asked for.
+    """CIFAR-10-C's own files in `folder`: (their hash, an iterator of Corrupted).
 
     Each <corruption>.npy holds uint8 (5n,32,32,3), severity after severity, labels.npy the 5n
-    labels (n is 10,000 in the published set).  Returns an iterator of Corrupted.  Raises UsageError
-    if that is not what is there, or if the model's `classes` are not CIFAR-10's.
+    labels, 0 to 9 (n is 10,000 in the published set).  Checked now, read as they are asked for.
+    Raises UsageError if that is not what is there, or if the model's `classes` are not CIFAR-10's.
     """
     folder = Path(folder)
     if tuple(classes) != CIFAR10_CLASSES:
@@ -133,21 +135,36 @@ def cifar10c(folder, classes):
                          f"found {classes}")
     corruptions = {}
     try:
-        labels = np.load(folder / "labels.npy", allow_pickle=False).astype(np.int64)
-        for path in sorted(folder.glob("*.npy")):
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+        labels = npy(folder / "labels.npy")
+        if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) % 5 or not len(labels):
+            raise ValueError(f"labels.npy is {labels.dtype} {labels.shape}")
+        if labels.min() < 0 or labels.max() > 9:
+            raise ValueError(f"labels.npy is from {labels.min()} to {labels.max()}")
+        sha = hashlib.sha256(np.ascontiguousarray(labels))
+        for path in sorted(folder.glob("[!.]*.npy")):
             if path.name == "labels.npy":
                 continue
+            pixels = npy(path)
             if pixels.shape != (len(labels), SIZE, SIZE, 3) or pixels.dtype != np.uint8:
                 raise ValueError(f"{path.name} is {pixels.dtype} {pixels.shape}")
             corruptions[path.stem] = pixels
-        if not corruptions or len(labels) % 5:
-            raise ValueError(f"{len(corruptions)} corruptions and {len(labels)} labels")
-    except (OSError, ValueError, EOFError) as error:
+            sha.update(path.stem.encode())
+            sha.update(np.ascontiguousarray(pixels))
+        if not corruptions:
+            raise ValueError("no corruption is there")
+    except (OSError, ValueError) as error:
         raise UsageError(f"--cifar10c {folder}: not CIFAR-10-C's files ({first_line(error)}); "
                          "expected <corruption>.npy of uint8 (5n, 32, 32, 3) and labels.npy of 5n "
-                         "labels") from None
-    return _corrupted(corruptions, labels)
+                         "labels, 0 to 9") from None
+    return sha.hexdigest()[:12], _corrupted(corruptions, labels.astype(np.int64))
+
+
+def npy(path):
+    """The array of an .npy file, read where it is used. Raises OSError or ValueError."""
+    with open(path, "rb") as file:
+        if file.read(6) != b"\x93NUMPY":  # an archive, or pickled objects, which could be code
+            raise ValueError(f"{path.name} is no .npy file")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _corrupted(corruptions, labels):

@@ -90,6 +90,8 @@ def _to_rgb(image, transparent):
         return Image.fromarray(pixels)
     if image.mode in ALPHA_MODES:
         rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        if image.format in ("BMP", "TGA") and rgba.getextrema()[3] == (0, 0):
+            return rgba.convert("RGB")  # a fourth byte that the writer left unused
         white = Image.new("RGBA", rgba.size, BACKGROUND)
         return Image.alpha_composite(white, rgba).convert("RGB")
     gray16 = image.mode in GRAY16_MODES or (image.mode == "I" and image.format in ("PNG", "PPM"))

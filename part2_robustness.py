@@ -75,20 +75,22 @@ def main(argv=None):
     names = perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
     take_from_checkpoint(args, meta)
-    published = ()
-    if args.cifar10c:
+    published = "", ()
+    if args.cifar10c is not None:
         published = datasets.cifar10c(args.cifar10c, meta["classes"])
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     run = start(args, model, meta, data, split, device, amp)
+    finished = finished_before(args, run, published[0])
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = report.Clock()
 
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
-    tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx)
-    test_published(tested, run, inference, published, amp)
+    tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx,
+                                finished)
+    test_published(tested, run, inference, published[1], amp, finished)
     clock.stop("perturbations")
 
     images = common.to_float(data.test_images[attack_idx])
@@ -161,9 +163,9 @@ def part1_beside(folder, meta, device):
         return None
     try:
         model, theirs = common.load_checkpoint(path, device)
-        if theirs["split_hash"] == meta["split_hash"]:
+        if (theirs["part"], theirs["split_hash"]) == ("part1", meta["split_hash"]):
             return model
-        reason = f"{path} is of another data set or split"
+        reason = f"{path} is of another part, data set or split"
     except UsageError as error:
         reason = error
     print(f"No transfer attack with part 1's adversarial images: {reason}")
@@ -182,7 +184,21 @@ class Tested(NamedTuple):
     examples: list  # (title, images)
 
 
-def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
+def finished_before(args, run, published_hash):
+    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
+
+    published_hash: of CIFAR-10-C's files; as a version of the run it tells other files apart.
+    """
+    if published_hash:
+        run.versions["CIFAR-10-C"] = published_hash
+    identity = run.identity | {"--checkpoint with the weights": run.weights,
+                               "--umap-points": args.umap_points,
+                               "--cifar10c with the files": published_hash or None}
+    return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,
+                                       run.versions)
+
+
+def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, finished):
     """Accuracy and calibration on the whole test set, clean and under every perturbation."""
     images, labels = data.test_images, data.test_labels  # uint8 (N,3,S,S), int64 (N,)
     umap_idx = attack_idx[common.evenly_spaced(len(attack_idx), args.umap_points)]
@@ -193,23 +209,17 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx):
     record(tested, run, "clean", "", clean.logits.argmax(1), labels,
            metrics.calibration_error(clean.logits, labels))
 
-    state = run.path("_state.pt")
-    identity = run.identity | {"--checkpoint with the weights": run.weights,
-                               "--umap-points": args.umap_points}
-    finished = checkpoints.resume_finished(state, args.resume, identity, run.device,
-                                           run.versions)
     began = time.perf_counter()
     conditions = list_conditions(names, args.severities)
     for i, (name, severity) in enumerate(report.progress(conditions, "perturbations")):
         perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
         strongest = severity in ("", max(args.severities))
-        if (name, severity) not in finished:
+        if (name, severity) not in finished.values:
             logits, features, _ = common.predict(model, perturbed, amp)
             calibration_error = metrics.calibration_error(logits, labels)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
-            finished[name, severity] = (logits.argmax(1), calibration_error, some)
-            checkpoints.save_finished(state, identity, finished, run.versions)
-        predicted, calibration_error, features = finished[name, severity]
+            finished.add((name, severity), (logits.argmax(1), calibration_error, some))
+        predicted, calibration_error, features = finished.values[name, severity]
         record(tested, run, name, severity, predicted, labels, calibration_error)
         title = f"{name} {severity}".replace("_", " ").strip()
         if strongest:
@@ -255,14 +265,16 @@ def record(tested, run, condition, severity, predicted, labels, calibration_erro
     tested.correct[f"test/{condition}/{severity}"] = report.correct(predicted, labels)
 
 
-def test_published(tested, run, model, published, amp):
+def test_published(tested, run, model, published, amp, finished):
     """Adds CIFAR-10-C's conditions, where they are given."""
     for name, severity, images, labels in published:
-        images = torch.from_numpy(images).to(run.device)
         labels = torch.from_numpy(labels).to(run.device)
-        logits = common.predict(model, images, amp).logits
-        record(tested, run, name, severity, logits.argmax(1), labels,
-               metrics.calibration_error(logits, labels))
+        if (name, severity) not in finished.values:
+            logits = common.predict(model, torch.from_numpy(images).to(run.device), amp).logits
+            calibration_error = metrics.calibration_error(logits, labels)
+            finished.add((name, severity), (logits.argmax(1), calibration_error, None))
+        predicted, calibration_error, _ = finished.values[name, severity]
+        record(tested, run, name, severity, predicted, labels, calibration_error)
 
 
 # ---- the attack ---------------------------------------------------------------------------------

@@ -146,13 +146,16 @@ def check_data(studies):
 
 def refuse(name, not_compared, first, before, folder, now):
     """Raises UsageError if two records differ in an argument, or in CIFAR-10-C's files."""
-    for argument in sorted({*before["args"], *now["args"]} - not_compared):
-        values = before["args"].get(argument, "absent"), now["args"].get(argument, "absent")
+    both = []
+    for record in (before, now):
+        files = record["versions"].get("CIFAR-10-C", "absent")
+        both.append({"cifar10c, with the files,": files} | record["args"])
+    for argument in sorted({*both[0], *both[1]} - not_compared):
+        values = [report.spelled(record.get(argument, "absent")) for record in both]
         if values[0] != values[1]:
             flag = argument.replace("_", "-")
-            raise UsageError(f"{name} has --{flag} {report.spelled(values[0])} in {first} and "
-                             f"{report.spelled(values[1])} in {folder}; expected trainings that "
-                             "differ in seeds alone")
+            raise UsageError(f"{name} has --{flag} {values[0]} in {first} and {values[1]} in "
+                             f"{folder}; expected trainings that differ in seeds alone")
 
 
 # ---- means and tests ----------------------------------------------------------------------------

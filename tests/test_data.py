@@ -16,6 +16,7 @@ from arguments import RunError, UsageError
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 CPU = torch.device("cpu")
 
@@ -306,3 +307,67 @@ def test_a_download_that_fails_leaves_nothing_that_is_taken_for_the_data(tmp_pat
     archive.write_bytes(good)
     assert len(load_cifar(folder).train_images) == 50
     assert [path.name for path in folder.iterdir()] == ["cifar-10-batches-py"]
+
+
+# ---- CIFAR-10-C ---------------------------------------------------------------------------------
+
+
+def write_cifar10c(folder, labels, pixels=None):
+    folder.mkdir(exist_ok=True)
+    random = np.random.RandomState(0)
+    if pixels is None:
+        pixels = random.randint(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "fog.npy", pixels)
+    return folder
+
+
+@pytest.mark.parametrize(("labels", "found"), [
+    (np.full(10, 10), "from 10 to 10"), (np.arange(10) - 1, "from -1 to 8"),
+    (np.full(10, 0.9), "float64"), (np.full(10, np.nan), "float64"), (np.full(10, 1j), "complex"),
+    (np.zeros((10, 1), int), r"\(10, 1\)"), (np.zeros((10, 10), int), r"\(10, 10\)"),
+    (np.zeros(0, int), r"\(0,\)"), (np.zeros(7, int), r"\(7,\)"),
+    (np.zeros(10, "datetime64[D]"), "datetime64"), (np.zeros(10, "i4,i4"), r"\(10,\)")])
+def test_labels_of_cifar10c_that_are_none_are_refused(tmp_path, labels, found):
+    write_cifar10c(tmp_path / "c", labels)
+    with pytest.raises(UsageError, match=f"labels.npy is .*{found}.*; expected"):
+        datasets.cifar10c(tmp_path / "c", datasets.CIFAR10_CLASSES)
+
+
+def test_what_is_no_npy_file_of_cifar10c_is_named_or_hidden(tmp_path):
+    folder = write_cifar10c(tmp_path / "c", np.arange(10))
+    (folder / "._fog.npy").write_bytes(b"macOS")
+    assert len(list(datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)[1])) == 5
+    np.savez(folder / "snow", images=np.zeros(3))
+    (folder / "snow.npz").rename(folder / "snow.npy")
+    np.save(folder / "zoom.npy", np.array(5))
+    for name, found in (("snow.npy", "snow.npy is no .npy file"), ("zoom.npy", "zoom.npy is int")):
+        with pytest.raises(UsageError, match=found):
+            datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
+        (folder / name).unlink()
+    np.save(folder / "labels.npy", np.array(5))
+    with pytest.raises(UsageError, match=r"labels.npy is int64 \(\)"):
+        datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
+
+
+def test_files_of_cifar10c_are_told_apart_by_their_hash(tmp_path):
+    labels = np.arange(10)
+    pixels = np.zeros((10, 32, 32, 3), np.uint8)
+    folders = [write_cifar10c(tmp_path / "a", labels, pixels),
+               write_cifar10c(tmp_path / "b", labels, pixels),
+               write_cifar10c(tmp_path / "c", labels[::-1].copy(), pixels),
+               write_cifar10c(tmp_path / "d", labels, pixels + np.uint8(1))]
+    hashes = [datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)[0] for folder in folders]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_only_cifar_10_is_called_its_jpeg_copy(tmp_path):
+    for classes, name in ((datasets.CIFAR10_CLASSES, datasets.JPEG_COPY),
+                          (("apple", "pear"), "folder cifar10-jpg")):
+        top = tmp_path / str(len(classes)) / "cifar10-jpg"
+        for half in ("train", "test"):
+            for label in classes:
+                (top / half / label).mkdir(parents=True)
+                Image.new("RGB", (32, 32)).save(top / half / label / "0.png")
+        assert datasets.folder(top).name == name

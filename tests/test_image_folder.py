@@ -195,6 +195,11 @@ ALPHA = {  # black of alpha 51, a fifth, on white is 204; of alpha 0, white
 }
 
 
+def test_a_fourth_byte_that_is_not_used_is_no_alpha(tmp_path):
+    image = encoded(Image.new("RGBA", (32, 32), (10, 20, 30, 0)), "TGA")
+    assert (read(image, tmp_path) == (10, 20, 30)).all()
+
+
 @pytest.mark.parametrize("name", ALPHA)
 def test_alpha_is_composited_on_white(name, tmp_path):
     data, expected = ALPHA[name]

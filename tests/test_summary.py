@@ -101,6 +101,18 @@ def test_verdicts_are_of_mcnemar_on_the_same_images_and_corrected(tmp_path):
     assert "shows no difference" not in text
 
 
+@pytest.mark.parametrize(("files", "verdict"), [("a", "better"), ("b", "not tested: other files of "
+                                                                 "CIFAR-10-C")])
+def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, files, verdict):
+    for name, part, weights, mine, value in (("part2", "part1", A, "a", 0.5),
+                                             ("part3_robustness", "part3", B, files, 0.7)):
+        run = run_of(tmp_path, name, part, weights)
+        run.versions["CIFAR-10-C"] = mine
+        write(run_of(tmp_path, part, part, weights), {CLEAN: 0.7})
+        write(run, {("test", "cifar10c fog", "3"): value})
+    assert verdicts_of(tmp_path)["cifar10c fog", "3"]["verdict"] == verdict
+
+
 def test_means_by_hand(tmp_path):
     two_parts(tmp_path, {"rotation": 0.65, "jpeg": 0.45}, {"rotation": 0.5, "jpeg": 0.6})
     found = lines_of(tmp_path)
@@ -692,6 +704,18 @@ def test_part_2_is_compared_where_the_first_folder_has_none(tmp_path):
         trainings.compare_trainings(folders)
     (folders[2] / "part2.json").unlink()
     with pytest.raises(UsageError, match="seed2/part2.json is missing"):
+        trainings.compare_trainings(folders)
+
+
+def test_trainings_tested_on_other_files_of_cifar10c_are_refused(tmp_path):
+    folders = []
+    for seed in (0, 1):
+        folders.append(training(tmp_path, seed, {CLEAN: 0.5}))
+        run = run_of(folders[seed], "part2", "part1", f"{seed:011x}1", seed, f"{seed:012x}",
+                     cifar10c="C")
+        run.versions["CIFAR-10-C"] = str(seed)
+        write(run, {("test", "cifar10c fog", "3"): 0.5})
+    with pytest.raises(UsageError, match="part2 has --cifar10c, with the files, 0 in .* and 1 in"):
         trainings.compare_trainings(folders)
 
 

@@ -183,7 +183,7 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
 @pytest.mark.parametrize("finished", [[], None, 7])
 def test_an_odd_state_of_part_2_is_announced_too(tmp_path, capsys, finished):
     checkpoints.write(tmp_path / "x.pt", {"identity": {}, "finished": finished})
-    assert checkpoints.resume_finished(tmp_path / "x.pt", False, {}, CPU, {}) == {}
+    assert checkpoints.resume_finished(tmp_path / "x.pt", False, {}, CPU, {}).values == {}
     assert "will be replaced" in capsys.readouterr().out
     if finished != []:
         with pytest.raises(UsageError, match="does not fit"):
