@@ -15,6 +15,7 @@ import torch
 FORMAT = "small-data-robustness checkpoint"
 VERSION = 2  # 2: rows, checkpoints and states are told apart by the hash of their weights
 NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap", "no_part2"}
+TESTED_WEIGHTS = "--checkpoint with the weights"  # in the identity of part 2's runs
 
 
 # ---- complete or absent -------------------------------------------------------------------------
@@ -34,7 +35,8 @@ def atomic(path):
         temporary.touch()
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(f"cannot write {path}: {reason}; choose another --results-dir") from None
+        raise RunError(f"cannot write {path}: {reason}; make that possible, or choose another "
+                       "directory") from None
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -42,7 +44,7 @@ def atomic(path):
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before "
-                       "still stands") from None
+                       "still stands; mend that, and start again (a part: with --resume)") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -68,7 +70,7 @@ def write(path, content):
         try:
             torch.save({"format": FORMAT, "version": VERSION} | content, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(first_line(error)) from None
+            raise OSError(f"disk full, or file too large ({first_line(error)})") from None
 
 
 def read(path, device):
@@ -292,6 +294,14 @@ def resume_finished(path, wanted, identity, device, versions):
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None
     print(f"Resumed after {len(finished.values)} conditions")
     return finished
+
+
+def tested_weights(path):
+    """{the weights that an interrupted part 2 tested}; empty where no state of it says so."""
+    try:
+        return {read(path, "cpu")["identity"][TESTED_WEIGHTS]}
+    except (UsageError, KeyError, TypeError):
+        return set()
 
 
 def tell_what_is_dropped(path, key, of):

@@ -67,9 +67,9 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: not usable on this machine ({first_line(error)}); try "
-                         "--device auto") from None
+    except Exception as error:  # a device's module may not even be importable
+        raise UsageError(f"--device {name}: not usable on this machine ({first_line(error)[:100]});"
+                         " try --device auto") from None
     torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
     torch.backends.cudnn.allow_tf32 = False  # without --amp, float32 is meant
     return device
@@ -188,8 +188,13 @@ def split_data(data, fraction, seed):
         sha.update(tensor.cpu().numpy())  # a file that was renamed or changed makes another split
     train = train.to(data.train_labels.device)
     rest = rest.to(data.train_labels.device)
-    return Split(data.train_images[train], data.train_labels[train],
-                 data.train_images[rest], data.train_labels[rest], sha.hexdigest()[:12])
+    split = Split(data.train_images[train], data.train_labels[train],
+                  data.train_images[rest], data.train_labels[rest], sha.hexdigest()[:12])
+    repeated = count_repeated(split.train_images.cpu().numpy(), split.eval_images.cpu().numpy())
+    if repeated:
+        print(f"warning: {repeated:,} of {len(rest):,} evaluation images stand among the images "
+              "trained on, too, byte for byte; they show memory, not generalization")
+    return split
 
 
 def too_small(data, fraction):
@@ -580,6 +585,9 @@ def load_checkpoint(path, device):
     whatever is not such a file.
     """
     content = checkpoints.read(path, device)
+    if "parts" in content:
+        raise UsageError(f"{path}: the state of a training, which --resume continues; give the "
+                         "checkpoint that its end writes, such as results/part1.pt")
     try:
         meta = content["meta"]
         check_meta(meta)

@@ -191,7 +191,7 @@ def finished_before(args, run, published_hash):
     """
     if published_hash:
         run.versions["CIFAR-10-C"] = published_hash
-    identity = run.identity | {"--checkpoint with the weights": run.weights,
+    identity = run.identity | {checkpoints.TESTED_WEIGHTS: run.weights,
                                "--umap-points": args.umap_points,
                                "--cifar10c with the files": published_hash or None}
     return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,

@@ -145,6 +145,8 @@ def tell_what_is_replaced(run):
     differing = [f"--{name.replace('_', '-')} {spelled(before[name])}"
                  for name in sorted(before.keys() & now.keys() - ignored)
                  if before[name] != now[name]]
+    if run.weights and record["weights"] != run.weights:  # part 2 knows them before it begins
+        differing.append(f"the weights {record['weights']}")
     if differing:
         print(f"{run.path('.csv')}, made with {', '.join(differing)}, and what belongs to it will "
               "be replaced; to keep it, stop now and give another --results-dir")
@@ -398,6 +400,7 @@ def retire(run):
     """Removes part 2's results of a part's former weights, by their exact names, and says so."""
     name = robustness_name(run.part)
     former = {row["weights"] for row in read_table(run.folder / f"{name}.csv")}
+    former |= checkpoints.tested_weights(run.folder / f"{name}_state.pt")
     if former <= {run.weights}:
         return
     checkpoints.remove([run.folder / f"{name}{ending}" for ending in ROBUSTNESS_FILES],

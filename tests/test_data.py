@@ -309,6 +309,20 @@ def test_a_download_that_fails_leaves_nothing_that_is_taken_for_the_data(tmp_pat
     assert [path.name for path in folder.iterdir()] == ["cifar-10-batches-py"]
 
 
+def test_evaluation_images_that_are_trained_on_are_told(capsys):
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).repeat(1, 3, 4, 4)
+    labels = torch.arange(40) % 2
+    data = common.Data("toy", ("ant", "bee"), images, labels, images, labels)
+    common.split_data(data, 0.5, 0)
+    assert capsys.readouterr().out == ""
+    twice = data._replace(train_images=images % 20)
+    split = common.split_data(twice, 0.5, 0)
+    known = {image.tobytes() for image in split.train_images.numpy()}
+    expected = sum(image.tobytes() in known for image in split.eval_images.numpy())
+    assert expected > 0
+    assert f"warning: {expected} of 20 evaluation images" in capsys.readouterr().out
+
+
 # ---- CIFAR-10-C ---------------------------------------------------------------------------------
 
 

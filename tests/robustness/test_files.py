@@ -82,8 +82,36 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write to .*file.*choose another --results-dir"):
         checkpoints.lock(tmp_path / "file", "part1")
-    with pytest.raises(RunError, match=r"cannot write .*a.csv.*choose another --results-dir"):
+    with pytest.raises(RunError, match=r"cannot write .*a.csv.*choose another directory"):
         report.write_rows(tmp_path / "file" / "a.csv", [{"x": 1}])
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    checkpoints.write(path, {"n": 1})
+
+    def save(content, to):
+        to.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 1")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RunError, match=r"a.pt: disk full, .* still stands; .*--resume"):
+        checkpoints.write(path, {"n": 2})
+    assert checkpoints.read(path, CPU)["n"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_state_is_no_checkpoint_and_named(tmp_path):
+    save_state(tmp_path / "part1_state.pt", {"model": nn.Linear(2, 2)})
+    with pytest.raises(UsageError, match="the state of a training, which --resume continues"):
+        common.load_checkpoint(tmp_path / "part1_state.pt", CPU)
+
+
+@pytest.mark.parametrize("name", ["hpu", "privateuseone", "mps:9", "abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_short_sentence(name):
+    with pytest.raises(UsageError, match=f"--device {name}: not usable") as error:
+        common.pick_device(name)
+    assert len(str(error.value)) < 200
 
 
 # ---- checkpoints and states ---------------------------------------------------------------------

@@ -292,6 +292,12 @@ def test_ctrl_c_anywhere_is_one_sentence_and_exit_code_130(
     assert code == 0, error
 
 
+def test_only_the_parts_are_said_to_resume(monkeypatch):
+    for name, ending in (("part1_baseline.py", " --resume"), ("summary.py", "")):
+        monkeypatch.setattr(sys, "argv", [f"a/{name}", "x"])
+        assert arguments.resuming_command() == f"python a/{name} x{ending}"
+
+
 def test_ctrl_c_to_a_process_at_work(tree, tmp_path):
     folder = tmp_path / "run"
     argv = on_tree(tree, "results", "--epochs", 10_000)

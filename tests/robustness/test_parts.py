@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -129,6 +130,15 @@ def test_every_perturbation_and_eps_is_in_the_table(results):
         assert found >= wanted | {("fgsm", eps) for eps in ("0", "1", "2", "4", "8", "16")}
         for attack in ("fgsm_predicted", "random_sign", "pgd", "worst_case", last):
             assert found >= {(attack, "8"), (attack, "16")}
+
+
+def test_another_parts_checkpoint_is_not_taken_for_part_1(results, tmp_path, capsys):
+    meta = common.load_checkpoint(results / "part4.pt", "cpu")[1]
+    for part, is_part1 in (("part1", True), ("part3", False)):
+        shutil.copy(results / f"{part}.pt", tmp_path / "part1.pt")
+        found = part2_robustness.part1_beside(tmp_path, meta, "cpu")
+        assert (found is not None) == is_part1
+        assert ("is of another part" in capsys.readouterr().out) != is_part1
 
 
 def test_transferred_images_are_part_1s(results):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import checkpoints
 import common
 import part2_robustness
 import plots
@@ -235,3 +236,26 @@ def test_part_2_says_which_table_it_will_replace(narrow, mine):
     [line] = told("--severities", 5, "--norm", 2)
     assert f"{mine / 'part2.csv'}, made with --norm inf, --severities 3, and what belongs" in line
     assert told("--severities", 5, "--norm", 2, "--resume") == []
+
+
+def test_part_2_says_that_it_replaces_a_table_of_other_weights(narrow, tree, mine, tmp_path):
+    other = tmp_path / "other"
+    assert call("part1_baseline", on_tree(tree, other, "--lr", 0.003))[0] == 0
+    (mine / "part1.csv").unlink()  # a folder of part 2's results alone
+    before = read(mine / "part2.csv")[0]["weights"]
+    code, error, out = call("part2_robustness", on_checkpoint(other / "part1.pt", mine))
+    assert code == 0, error
+    assert f"the weights {before}, and what belongs to it will be replaced" in out
+
+
+def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mine):
+    (mine / "part2.csv").unlink()
+    state = mine / "part2_state.pt"
+    weights = read(mine / "part1.csv")[0]["weights"]
+    for tested, stays in ((weights, True), ("f" * 12, False)):
+        checkpoints.write(state, {"identity": {checkpoints.TESTED_WEIGHTS: tested},
+                                  "finished": [], "versions": {}})
+        code, error, out = call("part1_baseline", on_tree(tree, mine))
+        assert code == 0, error
+        assert state.exists() == stays
+        assert ("as of the former weights" in out) != stays
