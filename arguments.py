@@ -137,18 +137,6 @@ def check_data_arguments(values):
             raise ValueError(f"{name} is {values[name]!r}")
 
 
-def check_shares(shares, families):
-    """Raises UsageError where part 3's shares, {family: of 16 images}, do not fit the families."""
-    for family in families:
-        if family not in shares:
-            raise UsageError(f"SHARES in part3_augmented.py has no share for {family!r}; add the "
-                             "family there, or hold it out in common.HELD_OUT_FAMILIES")
-    found = [shares[family] for family in families]
-    if sum(found) > 16 or any(share < 0 for share in found):
-        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; none can be "
-                         "below 0, nor all together above 16")
-
-
 def parse(parser, argv):
     """The parsed arguments, with --quick applied, and `command`: a line that can be pasted."""
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]

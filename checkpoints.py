@@ -189,7 +189,8 @@ def identity(args, amp, device, data_hash):
     flags = {"--amp": amp, "--device": device.type, "--data-dir with the data": data_hash}
     for name, value in args.items():
         if name not in NO_EFFECT and name != "amp":
-            flags["--" + name.replace("_", "-")] = value
+            flag = "SHARES, by perturbation," if name == "shares" else f"--{name.replace('_', '-')}"
+            flags[flag] = value
     return flags
 
 

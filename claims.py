@@ -156,7 +156,9 @@ def attack_outcome(part):
         rows = [row for key, row in part.accuracies.items() if key[1] == condition and key[2]]
         if rows and isinstance(classes, list) and classes:
             row = max(rows, key=lambda row: float(row["severity"]))
-            guessing = 1 / len(classes)
+            sizes = [row["n"] for row in part.rows if row["metric"].startswith("accuracy of ")
+                     and row["split"] == "test"]  # empty in a table of part 2 alone
+            guessing = max(sizes) / sum(sizes) if sizes else 1 / len(classes)  # the largest class
             apart = (row["ci_high"] < guessing) - (row["ci_low"] > guessing)
             return Claim(f"{part.title} does not withstand attacks: less than guessing "
                          f"({report.percent(guessing)} %) under {spoken(condition)} "

@@ -52,11 +52,31 @@ META = {"part": str, "args": dict, "dataset": str, "classes": list, "outputs": i
         "device": str, "amp": str, "metrics": dict}  # what a checkpoint says of itself
 
 
+def shares_of(shares, families):
+    """What part 3 trains on, for its record: {perturbation: its family's share of 16 images}.
+
+    shares: {family: of 16 images}.  Raises UsageError where they do not fit the families.
+    """
+    for family in (*families, *shares):
+        if family not in shares:
+            raise UsageError(f"SHARES in part3_augmented.py has no share for {family!r}; add the "
+                             "family there, or hold it out in common.HELD_OUT_FAMILIES")
+        if family not in SEEN_FAMILIES:
+            raise UsageError(f"SHARES in part3_augmented.py has a share for {family!r}, which is "
+                             "held out or no family; take it out there, or out of "
+                             "common.HELD_OUT_FAMILIES")
+    found = [shares[family] for family in families]
+    if sum(found) > 16 or any(share < 0 for share in found):
+        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; none can be "
+                         "below 0, nor all together above 16")
+    return {name: shares[family] for name, family in FAMILY.items() if family in families}
+
+
 # ---- seed, device, mixed precision --------------------------------------------------------------
 
 
 def pick_device(name):
-    """The torch.device that `name` stands for. Raises UsageError if this machine has none such."""
+    """The torch.device that `name` stands for, cuDNN set. Raises UsageError if there is none."""
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -264,7 +284,10 @@ def steps_per_epoch(n, batch_size):
 
 
 def batches(images, labels, batch_size, generator):
-    """One shuffled epoch of (images, labels) slices; a last, smaller batch is left out."""
+    """One shuffled epoch of (images, labels) slices; a last, smaller batch is left out.
+
+    Of one image BatchNorm's statistics would be noise.  Fewer images than a batch are one batch.
+    """
     order = torch.randperm(len(images), generator=generator, device=images.device)
     for i in range(steps_per_epoch(len(images), batch_size)):
         batch = order[i * batch_size : (i + 1) * batch_size]
@@ -302,7 +325,8 @@ def balanced_batches(images, labels, batch_size, generator):
     while len(queue) < plan.steps * plan.classes:
         place = torch.arange(turn * plan.each, (turn + 1) * plan.each, device=device)
         shuffled = torch.randperm(len(members), generator=generator, device=device).tolist()
-        begun = {c for c, _ in queue[len(queue) - len(queue) % plan.classes :]}  # a batch, not full
+        not_full = queue[len(queue) // plan.classes * plan.classes :]  # the last batch so far
+        begun = {c for c, _ in not_full}
         shuffled.sort(key=lambda c: c in begun)  # so that no class comes twice in it
         queue += [(c, members[c][place % len(members[c])]) for c in shuffled]  # small: come again
         turn += 1
@@ -597,6 +621,10 @@ def load_checkpoint(path, device):
                 head = ClassMeans(len(meta["classes"]), meta["outputs"])
             model = Model(meta["outputs"], head)
         expected = model.state_dict()
+        differing = sorted(expected.keys() ^ content["model"].keys())
+        if differing:
+            raise ValueError(f"its weights are of another network than this code's: {differing[0]} "
+                             f"and {len(differing) - 1} more stand in one alone")
         for name, tensor in content["model"].items():
             if tensor.dtype != expected[name].dtype or not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite or of another type")
@@ -619,7 +647,7 @@ def check_meta(meta):
         raise ValueError(f"classes {meta['classes']}")
     expected = len(meta["classes"]) if meta["head"] == "none" else EMBEDDING_DIM
     if meta["outputs"] != expected:
-        raise ValueError(f"{meta['outputs']} outputs for {len(meta['classes'])} classes")
+        raise ValueError(f"a last layer of {meta['outputs']} numbers, this code has {expected}")
     check_data_arguments(meta["args"])
 
 

@@ -69,6 +69,7 @@ class Study(NamedTuple):
     parts: dict  # name -> Part
     left_out: list  # sentences
     seen: list  # families that part 3 trained on
+    trained_on: list  # perturbations of them, those of its time
 
     @property
     def titles(self):
@@ -108,8 +109,11 @@ def read_study(folder):
         if "part3" in parts:
             left_out.append("part3.json: missing, or of other weights; that part 3 trained on the "
                             f"families {', '.join(seen)} is assumed")
+    shares = parts["part3"].args.get("shares") if "part3" in parts else None
+    if not isinstance(shares, dict):
+        shares = [name for name, family in common.FAMILY.items() if family in seen]
     dataset, split_hash = studies.pop()
-    return Study(folder, dataset, split_hash, parts, left_out, seen)
+    return Study(folder, dataset, split_hash, parts, left_out, seen, [*shares])
 
 
 def read_part(folder, name, part1, left_out):
@@ -204,7 +208,7 @@ def in_training(study, condition):
         return ""
     if condition == "jpeg" and study.dataset.startswith(JPEG_COPY):  # with --quick, too
         return JPEG_NOTE
-    return "yes" if common.FAMILY[condition] in study.seen else "no"
+    return "yes" if condition in study.trained_on else "no"
 
 
 def measured(study):
@@ -486,6 +490,8 @@ def differences(record, reference, other):
     differing = []
     alone = []
     for name in {**ours, **theirs}:
+        if "shares" in name and not (name in ours and name in theirs):
+            continue  # a line of its own length, of which --families tells the essence
         if name not in theirs:
             alone.append(f"{name} {escape(ours[name])}")
         elif name not in ours:

@@ -12,8 +12,9 @@ class Muon(torch.optim.Optimizer):
     A convolution's weights are a matrix with a row for each output channel.  The singular values of
     its momentum, a few large and many small ones, are all set to about 1: a step goes as far in the
     directions of small gradients as in those of large ones.  The weights keep the norm of an
-    orthogonal matrix (BatchNorm undoes any scale), so that lr is a step's length relative to them,
-    and weight_decay an L2 penalty of the other parameters alone.
+    orthogonal matrix, so that lr is a step's length relative to them, and weight_decay an L2
+    penalty of the other parameters alone.  This asks for a BatchNorm after every convolution, which
+    undoes any scale of its weights.
 
     dtype: of the matrix products, float32 in place of float16, in whose range gradients vanish; the
     weights stay float32.
@@ -46,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 step = torch.add(gradient, momentum, alpha=group["momentum"])  # Nesterov's
                 if group["orthogonal"]:
                     matrix = step.permute(0, 2, 3, 1).flatten(1)  # (C',kkC), without a copy
-                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())
+                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())  # an orthogonal one's
                     matrix = orthogonalized(matrix.to(self.dtype)).to(weights.dtype)
                     n, channels, height, width = weights.shape
                     step = matrix.view(n, height, width, channels).permute(0, 3, 1, 2)

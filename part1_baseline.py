@@ -37,7 +37,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
-    generator = common.seed_everything(args.seed, device)  # of batches and augmentation
+    generator = common.seed_everything(args.seed, device)  # shuffles the batches
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
@@ -50,11 +50,11 @@ def main(argv=None):
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           dtype=amp.dtype or torch.float32)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # with 5 it fails
+        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # fewer cannot warm up
         pct_start=0.2,  # warms up in a fifth of the steps
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9
-    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
+    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; it is what is tested
     if args.compile:
         common.compile_backbone(model, device)
 

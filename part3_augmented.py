@@ -25,7 +25,7 @@ import summary
 import torch
 import torch.nn.functional as F
 
-SHARES = {"noise": 1, "color": 1, "geometry": 4}  # of 16 images; the other 10: crop and flip alone
+SHARES = {"noise": 1, "color": 1, "geometry": 4}  # of 16 images; the rest: crop and flip alone
 
 
 def parse_args(argv=None):
@@ -40,7 +40,7 @@ def parse_args(argv=None):
     if "none" in args.families and len(args.families) > 1:
         parser.error("argument --families: none stands alone")
     args.families = tuple(name for name in common.SEEN_FAMILIES if name in args.families)
-    arguments.check_shares(SHARES, args.families)
+    args.shares = common.shares_of(SHARES, args.families)
     return args
 
 
@@ -64,8 +64,8 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
     """Perturbs the images of a shuffled training batch, float (B,3,H,W) in [0,1].
 
     Every image is cropped and mirrored at random. The first of them get noise, the next a change of
-    color, the next one of geometry (SHARES), each step another of the family's perturbations; when
-    all had their turn, the next severity.
+    color, the next one of geometry (SHARES): of 64 images 0 to 3, 4 to 7 and 8 to 23. Each step it
+    is another of the family's perturbations; when all had their turn, the next severity.
     """
     images = crop_and_flip(images, generator)
     start = 0
@@ -111,11 +111,11 @@ def main(argv=None):
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           dtype=amp.dtype or torch.float32)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # with 5 it fails
+        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # fewer cannot warm up
         pct_start=0.2,  # warms up in a fifth of the steps
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9
-    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
+    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; it is what is tested
     if args.compile:
         common.compile_backbone(model, device)
 

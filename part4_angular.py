@@ -33,6 +33,7 @@ from part3_augmented import SHARES, augment
 import torch
 import torch.nn.functional as F
 
+MARGINS = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}  # of the losses that learn proxies
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
 PROXY_COPIES = 16  # of a class's proxy in a batch: better than 1 (benchmarks/recipes.md)
 
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     arguments.add_shared(parser)
     arguments.add_recipe(parser)
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=("angular", "arcface", "cosface", "sphereface"), default="angular",
+    add("--loss", choices=("angular", *MARGINS), default="angular",
         help="training loss")
     add("--alpha-deg", type=arguments.number(float, 0, MAX_ALPHA_DEG), default=36.0,  # paper: 36-55
         help=f"Angular loss: the angle alpha, degrees, 0 to {MAX_ALPHA_DEG}")
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     if args.proxies and args.loss != "angular":
         parser.error(f"argument --proxies: {args.loss} learns proxies anyway; leave it out")
     if args.augment:
-        arguments.check_shares(SHARES, common.SEEN_FAMILIES)
+        args.shares = common.shares_of(SHARES, common.SEEN_FAMILIES)
     return args
 
 
@@ -95,7 +96,7 @@ def angular_loss(embeddings, labels, alpha_deg, copies=None):
         # exp(x_a·x_n + x_p·x_n) is a product: the sum over negatives is one matrix product
         push = torch.exp(4 * tan2 * similarity).masked_fill(same, 0)  # of negatives alone
         negatives = (push * copies) @ push.T  # (B,B): Σ_n of each pair (a,p)
-    # (a,p) counts c_a c_p times; a row is its own positive only through its copies: c² - c times
+    # (a,p) counts c_a c_p times; a row of c copies has c (c - 1) positive pairs with itself
     pairs = same * (copies.unsqueeze(1) * copies - torch.diag(copies))
     tiny = torch.finfo(torch.float32).tiny  # keeps the logarithm and its gradient finite
     log_negatives = torch.where(pairs > 0, negatives, 1).clamp(min=tiny).log()
@@ -124,7 +125,7 @@ def main(argv=None):
     few = common.few_of(split)  # a small Split, for the accuracy after each epoch
     run = report.start(args, part_name(args), data, split, device, amp)
 
-    learned = args.loss != "angular"  # margin losses learn the class means, fit_head sets others
+    learned = args.loss in MARGINS  # these learn the class means; else fit_head sets them
     head = common.ClassMeans(len(data.classes), common.EMBEDDING_DIM, learned)
     model = common.Model(common.EMBEDDING_DIM, head)
     model = model.to(device, memory_format=torch.channels_last)
@@ -133,11 +134,11 @@ def main(argv=None):
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           dtype=amp.dtype or torch.float32)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # with 5 it fails
+        optimizer, max_lr=args.lr, total_steps=max(10, args.epochs * steps),  # fewer cannot warm up
         pct_start=0.2,  # warms up in a fifth of the steps
         div_factor=10, final_div_factor=100,  # starts at lr / 10, ends at lr / 1000
         cycle_momentum=False)  # which stays at 0.9
-    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; this is tested
+    average = common.WeightAverage(model, power=12)  # step t weighs as t¹²; it is what is tested
     if args.compile:
         common.compile_backbone(model, device)
 
@@ -155,7 +156,7 @@ def main(argv=None):
                 images = augment(images, generator, step=scheduler.last_epoch)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
-            loss = criterion(embeddings, labels)  # in float32, for its exponentials
+            loss = criterion(embeddings.float(), labels)  # in float32, for its exponentials
             amp.step(loss, optimizer)  # zero_grad, backward, step
             scheduler.step()
             average.update(model)
@@ -190,11 +191,13 @@ def part_name(args):
 
 def make_criterion(args, head):
     """The loss (embeddings (B,D), labels (B,)) → scalar that the arguments ask for."""
-    if args.loss != "angular":
+    if args.loss in MARGINS:
         return MarginLoss(args.loss, head, args.margin, args.scale, args.label_smoothing)
     if args.proxies:
         return ProxyAngularLoss(head, args.alpha_deg)
-    return lambda embeddings, labels: angular_loss(embeddings, labels, args.alpha_deg)
+    if args.loss == "angular":
+        return lambda embeddings, labels: angular_loss(embeddings, labels, args.alpha_deg)
+    raise ValueError(f"make_criterion makes no loss {args.loss!r}")
 
 
 class ProxyAngularLoss:
@@ -214,7 +217,7 @@ class ProxyAngularLoss:
         classes = torch.arange(len(self.proxies), device=labels.device)
         copies = torch.ones(len(labels) + len(classes), device=labels.device)
         copies[len(labels):] = PROXY_COPIES
-        return angular_loss(torch.cat([embeddings.float(), self.proxies]),
+        return angular_loss(torch.cat([embeddings, self.proxies]),
                             torch.cat([labels, classes]), self.alpha_deg, copies)
 
 
@@ -227,15 +230,13 @@ class MarginLoss:
     """
 
     def __init__(self, kind, head, margin, scale, label_smoothing=arguments.LABEL_SMOOTHING):
-        defaults = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}
         self.kind = kind
         self.scale = scale
         self.label_smoothing = label_smoothing
-        self.margin = defaults[kind] if margin is None else margin
+        self.margin = MARGINS[kind] if margin is None else margin
         self.proxies = torch.nn.init.normal_(head.means)
 
     def __call__(self, embeddings, labels):
-        embeddings = embeddings.float()
         cosines = F.normalize(embeddings, dim=1) @ F.normalize(self.proxies, dim=1).T  # (B,C)
         own = cosines.gather(1, labels[:, None])
         angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()  # its gradient is infinite at both ends

@@ -8,7 +8,8 @@ one type on any device. Training calls it in float32 on its device, `perturb` in
 Lengths (of a blur, a shift, a square) are in pixels of a 32 x 32 image and scale with the images'
 height: in 16 x 16 images they are half. Constants that stand in CIFAR-10-C are CIFAR-10-C's
 (Hendrycks & Dietterich, ICLR 2019); the images are not, since ours are made on the fly. To add a
-perturbation, write a function under the decorator: every table and plot finds it.
+perturbation, write a function under the decorator, which hands it `level`, severity - 1: tables and
+plots find it, and part 3 trains on it unless its family is held out.
 """
 
 import functools

@@ -455,7 +455,9 @@ def families(rows):
     """[(text, condition)] for each family: its heading, without condition, then its conditions."""
     blocks = []
     for family in dict.fromkeys(r["family"] for r in rows):
-        held_out = ", held out" if family in HELD_OUT_FAMILIES else ""
+        default = "no" if family in HELD_OUT_FAMILIES else "yes"  # a comparison's rows say it
+        notes = {r.get("in_part3_training", default) for r in where(rows, family=family)}
+        held_out = ", held out" if "no" in notes and "yes" not in notes else ""
         conditions = dict.fromkeys(r["condition"] for r in where(rows, family=family))
         block = [(c.removeprefix("cifar10c ").replace("_", " "), c) for c in conditions]
         heading = [(family[:1].upper() + family[1:] + held_out, "")] if family else []

@@ -87,7 +87,8 @@ def label(part, args):
     By its name alone where a record or a checkpoint, which anybody can edit, says nothing else.
     """
     try:
-        text = LABELS[part].replace("Angular", LOSSES[args.get("loss", "angular")])
+        loss = args.get("loss", "angular")
+        text = LABELS[part].replace("Angular", LOSSES.get(loss, loss))  # a student's own as it is
         families = args.get("families")
         if part == "part3" and families and set(families) != set(common.SEEN_FAMILIES):
             text += f": {', '.join(families)}"
@@ -131,6 +132,9 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     print(f"{name}: {data.name}, {len(data.classes)} classes; images: {numbers}; split "
           f"{split.hash}, seed {run.seed}\ndevice {run.device_name}; mixed precision {amp.name}",
           flush=True)
+    if name == part:
+        _, eval_n = common.few_sizes(sizes["training"], sizes["evaluation"])
+        print(f"after each epoch: accuracy on {eval_n} of the evaluation images", flush=True)
     return run
 
 
@@ -147,24 +151,26 @@ def tell_what_is_replaced(run):
                  if before[name] != now[name]]
     if run.weights and record["weights"] != run.weights:  # part 2 knows them before it begins
         differing.append(f"the weights {record['weights']}")
+    if record["versions"].get("commit") != run.versions["commit"]:
+        differing.append(f"the code {spelled(record['versions'].get('commit', 'unknown'))}")
     if differing:
         print(f"{run.path('.csv')}, made with {', '.join(differing)}, and what belongs to it will "
               "be replaced; to keep it, stop now and give another --results-dir")
 
 
 def versions():
-    """{package: version} of what computes, with Python's and, in a checkout, the commit.
+    """{package: version} of what computes, with Python's and the commit.
 
-    Where Python files are not committed as they are, a hash of the difference follows.
+    Where Python files are not committed as they are, or nothing is, their hash follows.
     """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
-    commit = git("describe", "--always")
-    changed = git("diff", "HEAD", "--", "*.py")
-    if changed:
-        commit += f"-dirty-{hashlib.sha256(changed.encode()).hexdigest()[:7]}"
-    if commit:
-        found["commit"] = commit
+    found["commit"] = git("describe", "--always")
+    if not found["commit"] or git("status", "--porcelain", "--", ":(glob)*.py"):
+        sha = hashlib.sha256()
+        for path in sorted(Path(__file__).parent.glob("*.py")):
+            sha.update(path.name.encode() + path.read_bytes())
+        found["commit"] = f"{found['commit'] or 'none'}-dirty-{sha.hexdigest()[:7]}"
     return found
 
 

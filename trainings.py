@@ -50,8 +50,8 @@ def compare_trainings(folders):
     """
     studies = [comparison.read_study(folder) for folder in folders]
     check(studies)
-    seen = next((study.seen for study in studies if "part3" in study.parts), studies[0].seen)
-    studies = [study._replace(seen=seen) for study in studies]  # also where no part 3 is
+    one = next((study for study in studies if "part3" in study.parts), studies[0])
+    studies = [study._replace(seen=one.seen, trained_on=one.trained_on) for study in studies]
     counts = {}  # part -> number of trainings
     for name in common.PARTS:
         n = sum(name in study.parts for study in studies)

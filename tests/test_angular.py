@@ -3,6 +3,8 @@
 import math
 
 import common
+import part4_angular
+import report
 from metrics import class_means
 from part4_angular import PROXY_COPIES, MarginLoss, ProxyAngularLoss, angular_loss, fit_head
 
@@ -264,3 +266,13 @@ def test_scale_is_the_best_on_the_embeddings_it_was_fitted_to():
     exact = head(embeddings)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head(embeddings), exact)
+
+
+def test_a_students_own_loss_keeps_its_name_and_is_asked_for():
+    assert report.label("part4", {"loss": "triplet"}) == "triplet"
+    assert report.label("part4_augmented", {"loss": "triplet"}) == "triplet, augmented"
+    assert report.label("part4", {"loss": ["?"]}) == report.label("part4", {}) == "Angular"
+    args = part4_angular.parse_args([])
+    args.loss = "triplet"
+    with pytest.raises(ValueError, match="makes no loss 'triplet'"):
+        part4_angular.make_criterion(args, None)

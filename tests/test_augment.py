@@ -118,11 +118,20 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
 @pytest.mark.parametrize(("shares", "problem"), [
     ({"noise": 1, "color": 1}, "no share for 'geometry'"),
     ({"noise": 8, "color": 4, "geometry": 5}, "above 16"),
-    ({"noise": -1, "color": 4, "geometry": 4}, "below 0")])
+    ({"noise": -1, "color": 4, "geometry": 4}, "below 0"),
+    ({"noise": 1, "color": 1, "geometry": 4, "blur": 2}, "'blur', which is held out"),
+    ({"noise": 1, "color": 1, "geometry": 4, "wether": 2}, "'wether', which is held out or no")])
 @pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
 def test_shares_that_do_not_fit_are_refused(shares, problem, part, flags, monkeypatch):
     monkeypatch.setattr(part, "SHARES", shares)
     with pytest.raises(arguments.UsageError, match=problem):
         part.parse_args(flags)
-    part3_augmented.parse_args(["--families", "color"])
     part4_angular.parse_args([])
+
+
+def test_the_record_has_the_share_of_every_perturbation_that_is_trained_on():
+    shares = part3_augmented.parse_args(["--families", "color", "geometry"]).shares
+    assert (shares["grayscale"], shares["rotation"]) == (1, 4)
+    assert {common.FAMILY[name] for name in shares} == {"color", "geometry"}
+    assert part4_angular.parse_args(["--augment"]).shares == part3_augmented.parse_args([]).shares
+    assert part3_augmented.parse_args(["--families", "none"]).shares == {}

@@ -10,7 +10,7 @@ import part4_angular
 import pytest
 
 THEIR_OWN = {"families", "no_part2", "loss", "alpha_deg", "proxies", "margin", "scale", "augment",
-             "command"}  # arguments
+             "shares", "command"}  # arguments
 
 
 @pytest.mark.parametrize(("part", "flags"), [
@@ -39,7 +39,7 @@ PART4 = """\
 -logits = model(images)
 -loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 +embeddings = model.outputs(images)
-+loss = criterion(embeddings, labels)
++loss = criterion(embeddings.float(), labels)
 -meter.add(loss, labels, logits)
 +meter.add(loss, labels)
 +fit_head(averaged, few, amp)"""

@@ -217,6 +217,18 @@ def test_jpeg_on_the_jpeg_copy_is_marked_and_no_held_out_perturbation(tmp_path):
         assert marked == (dataset != "CIFAR-10")
 
 
+def test_a_perturbation_that_is_newer_than_part_3_was_not_trained_on(tmp_path):
+    two_parts(tmp_path, {"gaussian_noise": 0.65, "rotation": 0.5}, {"rotation": 0.4})
+    path = tmp_path / "part3.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["args"]["shares"] = {"rotation": 4}  # no noise was there then
+    path.write_text(json.dumps(record), encoding="utf-8")
+    summary.compare(tmp_path)
+    with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
+        said = {row["condition"]: row["in_part3_training"] for row in csv.DictReader(file)}
+    assert (said["gaussian_noise"], said["rotation"]) == ("no", "yes")
+
+
 def test_seen_families_are_those_that_part_3_trained_on(tmp_path):
     two_parts(tmp_path, {"rotation": 0.6, "contrast": 0.5}, {"rotation": 0.5, "contrast": 0.5})
     write(run_of(tmp_path, "part3", "part3", B, families=["color"]), {CLEAN: 0.7})
@@ -263,6 +275,18 @@ def test_interval_of_a_claim_against_the_formula_for_paired_proportions(tmp_path
     half = 1.96 * np.sqrt(0.15 - 0.15**2) / np.sqrt(N)
     assert (f"+15.0 points ({100 * (0.15 - half):+.1f} to {100 * (0.15 + half):+.1f}), "
             "n = 1,000 images") in text_of(tmp_path)
+
+
+def test_guessing_is_always_the_largest_class(tmp_path):
+    run = run_of(tmp_path, "part1", "part1")
+    write(run, {CLEAN: 0.7}, extra=[("accuracy of cat", 0.9), ("accuracy of dog", 0.2)])
+    rows = report.read_table(tmp_path / "part1.csv")
+    rows[-1]["n"] = 250  # dogs, and 1,000 cats
+    report.write_rows(tmp_path / "part1.csv", rows)
+    write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
+    line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
+    assert "guessing (80.0 %)" in line
+    assert "**this network: supported**" in line
 
 
 def test_attacks_are_claimed_against_guessing_and_audits_are_counted(tmp_path):

@@ -107,6 +107,17 @@ def test_a_state_is_no_checkpoint_and_named(tmp_path):
         common.load_checkpoint(tmp_path / "part1_state.pt", CPU)
 
 
+def test_a_checkpoint_of_another_network_says_what_differs(tmp_path):
+    path = tmp_path / "a.pt"
+    weights = common.Model(10).state_dict() | {"backbone.layer9.weight": torch.zeros(1)}
+    checkpoints.write(path, {"meta": META, "model": weights})
+    with pytest.raises(UsageError, match="another network .*: backbone.layer9.weight and 0 more"):
+        common.load_checkpoint(path, CPU)
+    checkpoints.write(path, {"meta": META | {"head": "class_means", "outputs": 64}, "model": {}})
+    with pytest.raises(UsageError, match="a last layer of 64 numbers, this code has 128"):
+        common.load_checkpoint(path, CPU)
+
+
 @pytest.mark.parametrize("name", ["hpu", "privateuseone", "mps:9", "abacus", "cuda:99"])
 def test_a_device_that_is_not_there_is_a_short_sentence(name):
     with pytest.raises(UsageError, match=f"--device {name}: not usable") as error:

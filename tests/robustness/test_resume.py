@@ -196,20 +196,26 @@ def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatc
 
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert "commit" not in report.versions()
+    (tmp_path / "part.py").write_text("z")  # a downloaded archive, without git
+    found = [report.versions()["commit"]]
+    (tmp_path / "part.py").write_text("y")
+    found.append(report.versions()["commit"])
+    assert all(commit.startswith("none-dirty-") for commit in found)
     git("init")
-    found = []
     for content in ("a", "b", "c"):
         (tmp_path / "part.py").write_text(content)
         if content == "a":
             git("add", "part.py")
             git("commit", "-m", "x")
         found.append(report.versions()["commit"])
-    assert len(set(found)) == 3
-    assert [commit.count("-dirty-") for commit in found] == [0, 1, 1]
     (tmp_path / "README.md").write_text("no code")
     git("add", "README.md")
     assert report.versions()["commit"] == found[-1]
+    (tmp_path / "part.py").write_text("a")
+    (tmp_path / "losses.py").write_text("a student's own, not added yet")
+    found.append(report.versions()["commit"])
+    assert len(set(found)) == 6
+    assert [commit.count("-dirty-") for commit in found] == [1, 1, 0, 1, 1, 1]
 
 
 def test_part_2_calls_the_model_what_its_training_called_it(narrow, tree, tmp_path, monkeypatch):
@@ -226,7 +232,7 @@ def test_part_2_calls_the_model_what_its_training_called_it(narrow, tree, tmp_pa
     assert {row["seed"] for row in read(tmp_path / "part4_robustness.csv")} == {"3"}
 
 
-def test_part_2_says_which_table_it_will_replace(narrow, mine):
+def test_part_2_says_which_table_it_will_replace(narrow, mine, monkeypatch):
     def told(*argv):
         code, error, out = call("part2_robustness", on_checkpoint(mine / "part1.pt", mine, *argv))
         assert code == 0, error
@@ -236,6 +242,10 @@ def test_part_2_says_which_table_it_will_replace(narrow, mine):
     [line] = told("--severities", 5, "--norm", 2)
     assert f"{mine / 'part2.csv'}, made with --norm inf, --severities 3, and what belongs" in line
     assert told("--severities", 5, "--norm", 2, "--resume") == []
+    changed = report.versions() | {"commit": "abc"}
+    monkeypatch.setattr(report, "versions", lambda: changed)
+    [line] = told("--severities", 5, "--norm", 2)
+    assert "part2.csv, made with the code" in line
 
 
 def test_part_2_says_that_it_replaces_a_table_of_other_weights(narrow, tree, mine, tmp_path):
