@@ -588,7 +588,7 @@ def accuracy(logits, labels):
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-def validation_accuracy(model, split, amp):
+def evaluation_accuracy(model, split, amp):
     """Accuracy on a split's evaluation images."""
     return accuracy(predict(model, split.eval_images, amp).logits, split.eval_labels)
 

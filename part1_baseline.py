@@ -75,7 +75,8 @@ def main(argv=None):
             average.update(model)
             meter.add(loss, labels, logits)
         averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm
-        history.append(meter.finish(common.validation_accuracy(averaged, few, amp), scheduler))
+        accuracy = common.evaluation_accuracy(averaged, few, amp)
+        history.append(meter.finish(accuracy, scheduler))
         report.end_epoch(run, history, state, generator)
 
     model = average.for_evaluation(split.train_images, amp)

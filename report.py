@@ -549,6 +549,9 @@ def draw_umap(run, panels, measured):
 
 # ---- the terminal -------------------------------------------------------------------------------
 
+FIRST_STEPS = 2  # what is loaded, measured or compiled in them, is so once a run
+TIMED_STEPS = 10  # the next, which tell how long the run will take
+
 
 class EpochMeter:
     """Iterates over an epoch's batches, and sums what its history row needs without a sync.
@@ -597,18 +600,14 @@ class EpochMeter:
         else:
             self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
 
-    def finish(self, validation_accuracy, scheduler):
+    def finish(self, evaluation_accuracy, scheduler):
         """The epoch's history row; prints it."""
         train_accuracy = float(self.correct) / self.images
         train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
         print(f"epoch {self.epoch + 1:3d}  loss {self.loss:6.3f}  {train}evaluation "
-              f"{validation_accuracy:.3f}  {self.rate:6.0f} images/s", flush=True)
+              f"{evaluation_accuracy:.3f}  {self.rate:6.0f} images/s", flush=True)
         return {"epoch": self.epoch + 1, "loss": self.loss, "train_accuracy": train_accuracy,
-                "eval_accuracy": validation_accuracy, "lr": scheduler.get_last_lr()[0]}
-
-
-FIRST_STEPS = 2  # what is loaded, measured or compiled in them, is so once a run
-TIMED_STEPS = 10  # the next, which tell how long the run will take
+                "eval_accuracy": evaluation_accuracy, "lr": scheduler.get_last_lr()[0]}
 
 
 def progress(items, title, total=None, initial=0):
