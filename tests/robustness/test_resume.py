@@ -125,8 +125,12 @@ def test_with_a_state_of_other_weights_part_2_does_not_resume(narrow, data, tmp_
     process = start("part2_robustness", on_checkpoint("results/part1.pt", "results"), folder,
                     stop_at_the_attack)
     end(process, folder, code=130)
-    assert (folder / "results/part2_state.pt").exists()
-    end(start("part1_baseline", on_tree(data, "results", "--lr", 0.05), folder), folder)
+    state = folder / "results/part2_state.pt"
+    kept = state.read_bytes()
+    log = end(start("part1_baseline", on_tree(data, "results", "--lr", 0.05), folder), folder)
+    assert "Removed, as of the former weights" in log
+    assert not state.exists()
+    state.write_bytes(kept)  # as if copied from elsewhere
     argv = on_checkpoint("results/part1.pt", "results", "--resume")
     log = end(start("part2_robustness", argv, folder), folder, code=2)
     assert "--checkpoint with the weights" in log

@@ -165,6 +165,6 @@ def test_a_part_1_of_another_split_lends_no_adversarial_images(mine, monkeypatch
     common.save_checkpoint(mine / "part1.pt", model, meta | {"split_hash": "0" * 12})
     _, theirs = common.load_checkpoint(mine / "part3.pt", "cpu")
     assert part2_robustness.part1_beside(mine, theirs, "cpu") is None
-    assert "is of another data set or split" in capsys.readouterr().out
+    assert "is of another part, data set or split" in capsys.readouterr().out
     with pytest.raises(UsageError):
         common.load_checkpoint(mine / "part9.pt", "cpu")
