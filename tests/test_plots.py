@@ -533,6 +533,8 @@ def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, 
     plots.history(tmp_path / "y.png", HISTORY, run_of())
     (one,) = drawn["x.png"][0].axes[1].lines
     assert one.get_marker() == "o" and one.get_ydata() == pytest.approx([35])
+    (loss,) = drawn["y.png"][0].axes[0].lines
+    assert loss.get_ydata() == pytest.approx([2, 1, 2 / 3, 0.5])
     training, evaluation = drawn["y.png"][0].axes[1].lines
     assert evaluation.get_color() == plots.PART_COLORS[
         "part3"
@@ -571,6 +573,11 @@ def test_severities_stand_under_their_family_with_their_intervals(tmp_path, draw
     assert len(bars) == len(PERTURBED) - 1
     jpeg = bars[bars[:, 0, 1] == labels.index("jpeg")][:, :, 0]
     np.testing.assert_allclose(sorted(jpeg.tolist()), [[53, 58], [63, 68], [73, 78]])
+    values = {}
+    for dots in (container.lines[0] for container in axes.containers):
+        values[dots.get_color()] = dots.get_xdata()[dots.get_ydata() == labels.index("jpeg")]
+    for severity, value in (("1", 75), ("3", 65), ("5", 55)):
+        assert values[plots.SEVERITY_COLORS[severity]] == pytest.approx([value])
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [90]
 
 
@@ -665,7 +672,12 @@ def test_the_comparison_is_landscape_and_shows_every_model_with_intervals(tmp_pa
     for found in intervals(left):
         np.testing.assert_allclose(np.diff(found[:, :, 0], axis=1), 5)  # from 2 below to 3 above
     assert [t.get_text() for t in fgsm.get_xticklabels()] == ["0", "1", "2", "4", "8", "16"]
-    assert len(fgsm.containers) == 7
+    for i, (curve, color) in enumerate(
+        zip(fgsm.containers, plots.PART_COLORS.values(), strict=True)
+    ):  # 70, then 60 minus eps / 0.4; minus 2 a model
+        assert curve.lines[0].get_color() == color
+        expected = np.array([70, 57.5, 55, 50, 40, 20]) - 2 * i
+        np.testing.assert_allclose(curve.lines[0].get_ydata(), expected)
     assert "n = 2,000" in caption and "1, 3, 5" in caption
     assert "Part 4 (Angular, proxies, augmented)" in words(figure)
 

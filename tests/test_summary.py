@@ -122,6 +122,49 @@ def test_means_by_hand(tmp_path):
     assert found["mPC relative to clean"]["part3"] == pytest.approx(0.55 / 0.702)
     assert found["corruption error (part1: 100)"]["part3"] == pytest.approx(
         (0.35 / 0.5 + 0.55 / 0.4) / 2)
+    text = text_of(tmp_path)
+    for least in ("rotation (geometry), 50.0 %", "JPEG (blur), 45.0 %"):  # of parts 1 and 3
+        assert f"Perturbed, 55.0 % in the mean; least under {least}." in text
+
+
+def test_severities_are_averaged_before_perturbations(tmp_path):
+    levels = {"part1": (0.9, 0.6, 0.3), "part3": (0.8, 0.8, 0.5)}  # means 0.6 and 0.7
+    for name, part, weights in (("part2", "part1", A), ("part3_robustness", "part3", B)):
+        rotation = {("test", "rotation", severity): value
+                    for severity, value in zip("135", levels[part], strict=True)}
+        write(run_of(tmp_path, name, part, weights), rotation | perturbed(jpeg=0.4))
+    found = lines_of(tmp_path)
+    assert found[comparison.ALL_PERTURBED] == pytest.approx({"part1": 0.5, "part3": 0.55})
+    assert found["corruption error (part1: 100)"]["part3"] == pytest.approx(
+        (0.3 / 0.4 + 0.6 / 0.6) / 2)
+
+
+def append(run, *rows):
+    path = run.path(".csv")
+    report.write_rows(path, [*report.read_table(path), *rows])
+
+
+def test_calibration_stands_clean_first_and_then_in_the_mean(tmp_path):
+    part1, part2 = run_of(tmp_path, "part1", "part1"), run_of(tmp_path, "part2", "part1")
+    write(part1, {CLEAN: 0.7})
+    write(part2, perturbed(rotation=0.5, jpeg=0.6))
+    for run, condition, severity, error in ((part1, "clean", "", 0.02), (part2, "rotation", 3, 0.1),
+                                            (part2, "jpeg", 3, 0.3)):
+        append(run, report.row(run, "test", condition, severity, "own", "calibration_error", error,
+                               N))
+    text = text_of(tmp_path)
+    assert "| calibration error, % | test set | mean over perturbations |" in text
+    assert "| part1 (cross-entropy) | 2.0 | 20.0 |" in text
+
+
+def test_every_head_stands_under_its_own_name(tmp_path):
+    run = run_of(tmp_path, "part1", "part1")
+    write(run, {CLEAN: 0.7})
+    append(run, *(report.row(run, "test", "clean", "", head, "accuracy", value, N, (0.4, 0.8))
+                  for head, value in (("knn", 0.6), ("probe", 0.5))))
+    text = text_of(tmp_path)
+    assert "| accuracy, % | test, own | test, knn | test, probe |" in text
+    assert "| part1 (cross-entropy) | 70.0 | 60.0 | 50.0 |" in text
 
 
 def test_p_values_can_be_recomputed_from_the_npz_files_alone(tmp_path):
@@ -245,6 +288,7 @@ def test_the_generalization_gap_and_the_actual_share_are_said(tmp_path):
     assert "generalize from 5 % of the training images?" in text
     assert "a generalization gap (training - test) of 30.0 points" in text
     assert "| generalization gap (training - test) | 30.0 |" in text
+    assert "a generalization gap of 30.0 points | **this network: supported** |" in text
     assert "fifth" not in text
 
 
@@ -303,6 +347,10 @@ def test_attacks_are_claimed_against_guessing_and_audits_are_counted(tmp_path):
     line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
     assert "under worst of its own attacks 8/255" in line  # with PGD, the strongest
     assert "**this network: supported**" in line
+    write(run_of(tmp_path, "part2", "part1"),
+          {("test", "fgsm", "2"): 0.6, ("test", "fgsm", "16"): 0.1})
+    largest = "guessing (50.0 %) under FGSM 16/255 | 10.0 % (8.3 to 12.0, n = 1,000)"
+    assert f"{largest} | **this network: supported**" in text_of(tmp_path)
     assert "1 of 2 pass | **contradicted**" in text
     assert "- **does not hold**: part1: PGD is stronger" in text
 
@@ -643,6 +691,16 @@ def test_attacks_are_corrected_apart_from_perturbations(tmp_path):
     alone = metrics.paired_difference([0.296, 0.3, 0.304], [0.1, 0.1, 0.1])
     assert float(row["p_holm"]) == pytest.approx(alone.p_value, rel=1e-4)
     assert row["verdict"] == "better"
+
+
+@pytest.mark.parametrize(("again", "verdict"), [(0.3, "supported"), (0.6, "not resolved")])
+def test_a_verdict_on_attacks_stands_if_every_training_gives_it(tmp_path, again, verdict):
+    folders = [training(tmp_path, seed, {CLEAN: 0.7} | perturbed(worst_case=accuracy))
+               for seed, accuracy in enumerate((0.4, again))]
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    [line] = [line for line in text.splitlines() if "does not withstand" in line]
+    assert f"| **{verdict}** |" in line
 
 
 def test_parts_that_not_all_folders_have_stand_with_their_n(tmp_path):

@@ -1,0 +1,96 @@
+"""What a part reports, against scikit-learn or values worked by hand."""
+
+import types
+
+import common
+import plots
+import report
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.preprocessing import normalize
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def run_of(folder, sizes):
+    args = {"resume": False, "no_umap": True, "umap_points": 10}
+    return report.Run("part1", "cross-entropy", "part1", folder, "part1.pt", "0" * 12, "toy",
+                      CLASSES, sizes, "abc", 0, args, "x", {}, torch.device("cpu"), "cpu", "off")
+
+
+def predictions_of(counts, centers, generator):
+    """A Prediction of counts[c] images of class c, around its center, with arbitrary logits."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    features = centers[labels] + torch.randn(len(labels), 4, generator=generator)
+    return common.Prediction(torch.randn(len(labels), 3, generator=generator), features, labels)
+
+
+def fitted_heads(train, features):
+    """{head: labels} by scikit-learn, fitted to the training images alone."""
+    means = NearestCentroid().fit(normalize(train.features), train.labels).centroids_
+    nearest = KNeighborsClassifier(6, metric="cosine", weights=lambda d: 1.001 - d / 1000)
+    nearest.fit(train.features, train.labels)  # 6 images are in the smallest class
+    mean, std = train.features.mean(0), train.features.std(0)
+    probe = LogisticRegression(C=1 / (2 * 1e-3 * 30), max_iter=1000)  # metrics' penalty, 30 images
+    probe.fit((train.features - mean) / std, train.labels)
+    return {"class_means": cosine_similarity(features, means).argmax(1),
+            "knn": nearest.predict(features), "probe": probe.predict((features - mean) / std)}
+
+
+def test_heads_are_fitted_to_training_images_and_a_class_counts_its_own_images():
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(3, 4, generator=generator)
+    counts = {"train": (15, 9, 6), "evaluation": (4, 6, 10), "test": (5, 2, 3)}
+    predictions = {split: predictions_of(c, centers, generator) for split, c in counts.items()}
+    train = predictions["train"]
+    expected = {("train", "own", "accuracy"): accuracy_score(train.labels, train.logits.argmax(1))}
+    for split in ("evaluation", "test"):
+        logits, features, labels = predictions[split]
+        heads = {"own": logits.argmax(1)} | fitted_heads(train, features)
+        for head, predicted in heads.items():
+            expected[split, head, "accuracy"] = accuracy_score(labels, predicted)
+        shares = confusion_matrix(labels, heads["own"], normalize="true").diagonal()
+        for name, share in zip(CLASSES, shares, strict=True):
+            expected[split, "own", f"accuracy of {name}"] = share
+    rows = report.clean_rows(run_of(None, {"test": 10}), predictions, 0)
+    found = {(row["split"], row["head"], row["metric"]): row["value"] for row in rows
+             if row["metric"].startswith("accuracy")}
+    assert found == pytest.approx(expected)
+
+
+def test_images_that_are_right_keep_their_places():
+    found = report.correct(torch.tensor([0, 1, 2, 0]), torch.tensor([0, 2, 2, 1]))
+    assert found.tolist() == [True, False, True, False]
+
+
+def test_an_epochs_loss_is_the_mean_of_its_steps_and_its_accuracy_of_its_images():
+    right = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # of labels 0 and 1
+    batches = [(1.0, right), (3.0, right[[0, 0]])]  # loss, logits
+    labels = torch.tensor([0, 1])
+    meter = report.EpochMeter(0, 1, batches, 2)
+    for loss, logits in meter:
+        meter.add(torch.tensor(loss), labels, logits)
+    row = meter.finish(0.5, types.SimpleNamespace(get_last_lr=lambda: [0.1]))
+    assert row == {"epoch": 1, "loss": 2, "train_accuracy": 0.75, "eval_accuracy": 0.5, "lr": 0.1}
+
+
+def test_figures_show_the_evaluation_accuracy_and_the_tests_confusion(tmp_path, monkeypatch,
+                                                                      tiny_backbone):
+    shown = []
+    monkeypatch.setattr(plots, "history", lambda *args: shown.append(args[3]))
+    monkeypatch.setattr(plots, "confusion",
+                        lambda *args: shown.extend(values.tolist() for values in args[1:3]))
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    predicted = {"train": [0, 0, 0, 1, 1, 2], "evaluation": [0, 0, 0, 0, 0, 0],
+                 "test": [0, 0, 1, 1, 1, 1]}
+    predictions = {split: common.Prediction(torch.eye(3)[values], features, labels)
+                   for split, values in predicted.items()}
+    run = run_of(tmp_path, {"training": 6, "evaluation": 6, "test": 6})
+    report.finish(run, common.Model(outputs=3), predictions, [], 0)
+    assert shown == [0.5, [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 2]]
