@@ -1,0 +1,231 @@
+"""Part 2 hands the right images, labels and features on: one run, done again in plain steps."""
+
+import copy
+import types
+
+import audit
+import common
+import datasets
+import part2_robustness
+import plots
+import summary
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import META, Tiny
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+CPU = torch.device("cpu")
+CONDITIONS = [("gaussian_noise", 1), ("gaussian_noise", 5), ("rotation", 1), ("rotation", 5),
+              ("vertical_flip", "")]
+STRONGEST = [("gaussian_noise", 5), ("rotation", 5), ("vertical_flip", "")]
+ATTACKED = 120  # images
+POINTS = 60  # of the UMAP
+
+
+def features_of(model, images):
+    """What the last layer is given for uint8 or float images: a plain pass, nothing folded."""
+    body = copy.deepcopy(model)
+    body.backbone.fc = nn.Identity()
+    with torch.no_grad():
+        return body(images / 255 if images.dtype == torch.uint8 else images)
+
+
+def logits_of(model, images):
+    return model.backbone.fc(features_of(model, images)).detach()
+
+
+def fitted(data):
+    """A model that answers with every class, often wrongly: ridge regression on random features."""
+    torch.manual_seed(0)
+    model = common.Model(10).eval()
+    features = features_of(model, data.train_images)
+    inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
+    targets = 8 * F.one_hot(data.train_labels, 10).float()
+    weights = torch.linalg.solve(inputs.T @ inputs + torch.eye(65), inputs.T @ targets)
+    model.backbone.fc.weight.data = weights[:-1].T.contiguous()
+    model.backbone.fc.bias.data = weights[-1].contiguous()
+    return model
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """One run of part 2 on digits, its figures caught, with what it was given."""
+    folder = tmp_path_factory.mktemp("results")
+    data = common.load_data("digits", "", CPU)
+    fog = common.perturb(data.test_images, "gaussian_blur", 2)  # in a published corruption's place
+    published = datasets.Corrupted("cifar10c fog", "2", fog.numpy(), data.test_labels.numpy())
+    examples = []
+    maps = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("torchvision.models.resnet18", Tiny)
+        monkeypatch.setattr(datasets, "cifar10c", lambda *_: ("hash", [published]))
+        monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy())
+        monkeypatch.setattr(plots, "examples", lambda path, rows, *_: examples.append(rows))
+        monkeypatch.setattr(plots, "umap", lambda path, *drawn: maps.append(drawn))
+        for name in ("severities", "attack"):
+            monkeypatch.setattr(plots, name, lambda *_: None)
+        monkeypatch.setattr(summary, "compare", lambda _: None)
+        model = fitted(data)
+        split = common.split_data(data, 0.2, 0)
+        common.save_checkpoint(folder / "part1.pt", model,
+                               META | {"classes": list(data.classes), "split_hash": split.hash})
+        rows = part2_robustness.main([
+            "--checkpoint", str(folder / "part1.pt"), "--results-dir", str(folder), "--amp", "off",
+            "--device", "cpu", "--perturbations", "gaussian_noise", "rotation", "vertical_flip",
+            "--severities", "1", "5", "--cifar10c", "fog", "--eps-255", "2", "8", "16",
+            "--targeted", "--attack-images", str(ATTACKED), "--audit-images", "10",
+            "--umap-points", str(POINTS)])
+    with np.load(folder / "part2_correct.npz") as file:
+        right = {key: file[key] for key in file.files}
+    values = {(row["condition"], row["severity"], row["metric"]): row["value"] for row in rows}
+    panels, run = maps[0]
+    return types.SimpleNamespace(
+        model=model, images=data.test_images, labels=data.test_labels, fog=fog, right=right,
+        values=values, attacked=spread(len(data.test_labels), ATTACKED), panels=panels, run=run,
+        perturbed_examples=examples[0])
+
+
+def spread(total, n):
+    """n positions over `total`, as part 2 spreads the images it attacks and maps."""
+    return np.linspace(0, total - 1, n).round().astype(int)
+
+
+def assert_alike(found, expected):
+    """Booleans of images of which one may differ, by rounding."""
+    assert np.sum(found != np.asarray(expected)) <= 1
+
+
+def in_bins(logits, labels):
+    """The expected calibration error, bin by bin."""
+    probabilities = np.exp(logits.double().numpy())
+    probabilities /= probabilities.sum(1, keepdims=True)
+    confidence = probabilities.max(1)
+    right = probabilities.argmax(1) == labels.numpy()
+    error = 0
+    for b in range(15):
+        inside = (confidence >= b / 15) & (confidence < (b + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return error
+
+
+def test_every_condition_is_that_of_its_own_images_and_the_true_labels(study):
+    conditions = {("clean", ""): study.images, ("cifar10c fog", "2"): study.fog}
+    for name, severity in CONDITIONS:
+        conditions[name, str(severity)] = common.perturb(study.images, name, severity or 1)
+    accuracies = set()
+    for (name, severity), images in conditions.items():
+        logits = logits_of(study.model, images)
+        right = (logits.argmax(1) == study.labels).numpy()
+        assert_alike(study.right[f"test/{name}/{severity}"], right)
+        assert study.values[name, severity, "accuracy"] == pytest.approx(right.mean(), abs=0.003)
+        assert study.values[name, severity, "calibration_error"] == pytest.approx(
+            in_bins(logits, study.labels), abs=0.006)  # one of 364 images in another bin
+        assert len(logits.argmax(1).unique()) >= 3  # a constant answer would hide everything
+        accuracies.add(round(right.mean(), 2))
+    assert len(accuracies) >= 5
+
+
+def test_examples_are_one_image_of_each_class_at_the_largest_severity(study):
+    clean = study.perturbed_examples[0][1]
+    shown = [int((study.images == image).flatten(1).all(1).nonzero()[0]) for image in clean]
+    assert study.labels[shown].tolist() == list(range(10))
+    titles = [title for title, _ in study.perturbed_examples]
+    assert titles == ["clean", "gaussian noise 5", "rotation 5", "vertical flip"]
+    for (name, severity), (_, images) in zip(STRONGEST, study.perturbed_examples[1:], strict=True):
+        assert torch.equal(images, common.perturb(study.images, name, severity or 1)[shown])
+
+
+def moved(study, labels, eps_255):
+    """The attacked images after one step up the loss, or down it for eps < 0, by hand."""
+    images = (study.images[study.attacked] / 255).requires_grad_()
+    loss = F.cross_entropy(study.model(images), labels, reduction="sum")
+    gradient, = torch.autograd.grad(loss, images)
+    return (images + eps_255 / 255 * gradient.sign()).clamp(0, 1).detach()
+
+
+def test_each_attack_climbs_the_loss_of_its_own_labels(study):
+    truth = study.labels[study.attacked]
+    clean = logits_of(study.model, study.images[study.attacked])
+    assert 0.2 < common.accuracy(clean, truth) < 0.8  # so that the labels make a difference
+    least = clean.argmin(1)
+    for name, labels, eps in (("fgsm", truth, 2), ("fgsm", truth, 8),
+                              ("fgsm_predicted", clean.argmax(1), 2),
+                              ("fgsm_targeted", least, -16)):
+        found = logits_of(study.model, moved(study, labels, eps)).argmax(1)
+        assert_alike(study.right[f"test/{name}/{abs(eps)}"], found == truth)
+    reached = (found == least).float().mean().item()
+    assert reached > 0.2
+    assert study.values["fgsm_targeted", "16", "target class reached"] == pytest.approx(
+        reached, abs=1.01 / ATTACKED)
+
+
+def test_attacks_are_in_float32_also_after_a_training_in_bf16(study):
+    inside = []
+    model = copy.deepcopy(study.model)
+    model.head.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    args = part2_robustness.parse_args(["--amp", "bf16", "--eps-255", "8", "--audit-images", "10"])
+    part2_robustness.attack(args, study.run, model, study.images[:20] / 255, study.labels[:20])
+    assert len(inside) > 20  # of PGD's steps alone
+    assert not any(inside)
+
+
+def test_one_image_that_is_moved_too_far_is_found():
+    images = torch.full((3, 3, 2, 2), 0.5)
+    adversarial = images + 0.1
+    adversarial[1, 2, 0, 1] = 0.75
+    assert part2_robustness.excess_over(0.1, images, adversarial, "inf") == pytest.approx(0.15)
+    far = (11 * 0.1**2 + 0.25**2) ** 0.5
+    assert part2_robustness.excess_over(0.3, images, adversarial, "2") == pytest.approx(far - 0.3)
+
+
+def nearest_neighbours(clean, labels, features, k):
+    """Which images the k nearest other clean ones classify right, by scikit-learn."""
+    right = []
+    for i in range(len(labels)):
+        others = np.arange(len(labels)) != i
+        judge = KNeighborsClassifier(k, metric="cosine", weights=lambda d: 1 + 1e-3 * (1 - d))
+        judge.fit(clean[others], labels[others])
+        right.append(judge.predict(features[i : i + 1])[0] == labels[i])
+    return np.mean(right)
+
+
+def test_each_map_shows_and_measures_its_own_images(study):
+    some = spread(ATTACKED, POINTS)
+    mapped = study.attacked[some]
+    labels = study.labels[mapped].numpy()
+    clean = features_of(study.model, study.images[mapped]).numpy()
+    k = np.bincount(labels).min() - 1
+    expected = [("clean", "clean", "", study.images[mapped])]
+    for name, severity in STRONGEST:
+        title = f"{name} {severity}".replace("_", " ").strip()
+        images = common.perturb(study.images, name, severity or 1)[mapped]
+        expected.append((title, name, str(severity), images))
+    adversarial = moved(study, study.labels[study.attacked], 8)[some]
+    expected.append(("FGSM 8/255", "fgsm", "8", adversarial))
+    assert len(study.panels) == len(expected)
+    for (title, name, severity, images), panel in zip(expected, study.panels, strict=True):
+        features = features_of(study.model, images).numpy()
+        assert np.allclose(panel.points, features, atol=1e-3)
+        assert (panel.labels == labels).all()
+        neighbours = study.values[name, severity, f"{k}-NN accuracy in 512-d"]
+        width = silhouette_score(features, labels)
+        assert neighbours == pytest.approx(nearest_neighbours(clean, labels, features, k),
+                                           abs=1.01 / POINTS)
+        assert study.values[name, severity, "silhouette in 512-d"] == pytest.approx(width, abs=1e-3)
+        found = f"{k}-NN {100 * neighbours:.1f} %, silhouette {width:.2f}"
+        assert panel.title == f"{title}\n{found}"
+
+
+def test_the_worst_case_of_the_audit_is_of_the_audits_own_images(study):
+    right = {("fgsm", 8): torch.tensor([True, False, True, False]),
+             ("pgd", 8): torch.tensor([True, True])}
+    rows = audit.worst_case_rows(study.run, audit.attack_names("inf"), right, torch.tensor([1, 3]),
+                                 [0, 8])
+    assert [(row["condition"], row["value"]) for row in rows] == [("worst_case", 0.5),
+                                                                  ("worst_case_audit", 0)]
