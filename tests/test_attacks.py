@@ -34,11 +34,14 @@ def test_a_targeted_step_goes_down_the_loss_of_the_target(small_model, batch):
     assert torch.equal(common.fgsm(small_model, images, target, 4 / 255, targeted=True), expected)
 
 
-def test_l2_step_is_the_normalized_gradient(small_model, batch):
+@pytest.mark.parametrize("scale", [1, 1e-6])  # of the logits and their gradient
+def test_l2_step_is_the_normalized_gradient(small_model, batch, scale):
     images, labels = batch
-    gradient = plain_gradient(small_model, images, labels)
+    model = copy.deepcopy(small_model)
+    model.backbone.fc.weight.data *= scale
+    gradient = plain_gradient(model, images, labels)
     step = 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    found = common.fgsm(small_model, images, labels, 0.5, norm=2)
+    found = common.fgsm(model, images, labels, 0.5, norm=2)
     assert torch.allclose(found, (images + step).clamp(0, 1), atol=1e-5)
 
 
@@ -88,6 +91,18 @@ def test_attack_is_float32_also_under_autocast(small_model, batch):
         under = common.fgsm(small_model, images, labels, 8 / 255)
     assert torch.equal(under, common.fgsm(small_model, images, labels, 8 / 255))
     assert under.dtype == torch.float32
+
+
+def test_pgd_equals_plain_torch(small_model, batch):
+    images, labels = batch
+    eps = 8 / 255
+    moved = images
+    for _ in range(4):
+        step = 2.5 * eps / 4 * plain_gradient(small_model, moved, labels).sign()
+        change = (moved + step).clamp(0, 1) - images
+        moved = (images + change.clamp(-eps, eps)).clamp(0, 1)
+    found = common.pgd(small_model, images, labels, eps, steps=4)
+    assert ((found - moved).abs() < 1e-6).float().mean() > 0.99  # a sign can hang on rounding
 
 
 def test_pgd_is_bounded_and_stronger(small_model, batch):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 CPU = torch.device("cpu")
 
@@ -68,17 +69,68 @@ def test_a_class_too_small_is_named_with_the_fractions_that_work():
         common.split_data(alone, 0.2, 0)
 
 
+@pytest.fixture
+def legible():
+    """Data in random order; every pixel of an image is its label."""
+    labels = torch.arange(5).repeat(120)
+    labels = labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
+    return common.Data("toy", tuple("abcde"), images, labels, images, labels)
+
+
+def test_every_image_keeps_its_label(legible):
+    split = common.split_data(legible, 0.5, 0)
+    few = common.few_of(split)
+    assert len(few.train_labels) > len(few.eval_labels) > 10
+    for some in (split, few):
+        assert (some.train_images[:, 0, 0, 0] == some.train_labels).all()
+        assert (some.eval_images[:, 0, 0, 0] == some.eval_labels).all()
+
+
+def test_data_that_differ_in_images_or_labels_are_other_splits(legible):
+    images, labels = legible.train_images, legible.train_labels
+    alike = legible._replace(name="copy")
+    other = [legible._replace(train_images=images + 1), legible._replace(test_images=images + 1),
+             legible._replace(train_labels=labels + 1),  # at the same positions
+             legible._replace(test_labels=labels + 1)]
+    hashes = [common.split_data(data, 0.5, 0).hash for data in (alike, legible, *other)]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 5
+
+
+def test_evaluation_accuracy_is_of_the_evaluation_images(legible, monkeypatch):
+    def reads(model, images, amp):
+        return common.Prediction(torch.eye(5)[images[:, 0, 0, 0].long()], None)
+
+    monkeypatch.setattr(common, "predict", reads)
+    split = common.split_data(legible, 0.5, 0)
+    split.train_labels.add_(1)  # all wrong
+    assert common.evaluation_accuracy(None, split, None) == 1
+
+
 # ---- batches ------------------------------------------------------------------------------------
 
 
-def epochs_of(labels, batch_size, epochs=1):
+def epochs_of(labels, batch_size, epochs=1, of=common.balanced_batches):
     """The batches of some epochs: (positions of the images, labels)."""
     places = torch.arange(len(labels)).view(-1, 1, 1, 1)
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(epochs):
-        batches += common.balanced_batches(places, labels, batch_size, generator)
+        batches += of(places, labels, batch_size, generator)
     return [(x.flatten(), y) for x, y in batches]
+
+
+def test_batches_are_shuffled_and_hold_no_image_twice():
+    labels = torch.arange(4).repeat_interleave(10)
+    batches = epochs_of(labels, 9, epochs=2, of=common.batches)
+    assert len(batches) == 8
+    for x, y in batches:
+        assert torch.equal(labels[x], y)
+        assert len(y.unique()) > 1  # not in the order of classes
+    first, second = (torch.cat([x for x, _ in batches[i : i + 4]]) for i in (0, 4))
+    assert len(first.unique()) == len(second.unique()) == 36
+    assert not torch.equal(first, second)
 
 
 def test_balanced_batches_hold_every_class_equally_often():
@@ -185,10 +237,18 @@ def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsy
     assert "warning" not in capsys.readouterr().out
 
 
-def test_digits_are_16_pixels_a_side():
+def test_digits_are_sklearns_at_twice_the_size():
     data = common.load_data("digits", "x", CPU)
     assert data.train_images.shape[1:] == data.test_images.shape[1:] == (3, 16, 16)
-    assert len(data.train_labels) + len(data.test_labels) == 1797
+    images = torch.cat([data.train_images, data.test_images]).float()
+    small = torch.nn.functional.avg_pool2d(images, 2).mean(1).flatten(1)
+    bundled = load_digits()
+    theirs = torch.from_numpy(bundled.data).float() * 255 / 16  # (1797,64)
+    nearest = torch.cdist(small, theirs).argmin(1)
+    assert len(nearest.unique()) == 1797
+    assert (small.mean(1) - theirs[nearest].mean(1)).abs().max() < 3
+    labels = torch.cat([data.train_labels, data.test_labels])
+    assert labels.tolist() == bundled.target[nearest].tolist()
 
 
 @pytest.fixture
@@ -255,8 +315,11 @@ def test_cifar10_is_downloaded_then_found(tmp_path, cifar_server):
     folder.mkdir()
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     data = load_cifar(folder)
-    assert data.train_images.shape == (50, 3, 32, 32)
-    assert data.test_labels.bincount().tolist() == [2] * 10
+    for name, images, labels in (("data_batch_1", data.train_images, data.train_labels),
+                                 ("test_batch", data.test_images, data.test_labels)):
+        raw = pickle.loads((folder / "cifar-10-batches-py" / name).read_bytes())
+        assert np.array_equal(images, raw["data"].reshape(-1, 3, 32, 32))
+        assert labels.tolist() == raw["labels"]
     cifar_server[2].shutdown()
     assert torch.equal(load_cifar(folder).test_images, data.test_images)  # no server needed
     assert sorted(path.name for path in folder.iterdir()) == ["cifar-10-batches-py", "notes.txt"]
@@ -374,6 +437,19 @@ def test_files_of_cifar10c_are_told_apart_by_their_hash(tmp_path):
     hashes = [datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)[0] for folder in folders]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
+
+
+def test_severities_of_cifar10c_stand_one_after_another(tmp_path):
+    labels = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+    folder = write_cifar10c(tmp_path / "c", labels)
+    pixels = np.load(folder / "fog.npy")
+    found = list(datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)[1])
+    assert [one.severity for one in found] == ["1", "2", "3", "4", "5"]
+    for i in range(5):
+        assert found[i].labels.tolist() == labels[2 * i : 2 * i + 2].tolist()
+        for channel in range(3):
+            expected = pixels[2 * i : 2 * i + 2, :, :, channel]
+            assert np.array_equal(found[i].images[:, channel], expected)
 
 
 def test_only_cifar_10_is_called_its_jpeg_copy(tmp_path):

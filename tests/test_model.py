@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 
 
 def normalized(images):
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (common.MEAN, common.STD))
+    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)  # CIFAR-10's red, green, blue
+    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
     return (images - mean) / std
 
 

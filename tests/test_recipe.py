@@ -2,12 +2,21 @@
 
 import difflib
 import inspect
+import math
+from typing import NamedTuple
 
+import common
+import muon
 import part1_baseline
 import part3_augmented
 import part4_angular
+import report
+import summary
 
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Tiny
 
 THEIR_OWN = {"families", "no_part2", "loss", "alpha_deg", "proxies", "margin", "scale", "augment",
              "shares", "command"}  # arguments
@@ -60,3 +69,103 @@ def training(part):
     end = next(i for i, line in enumerate(lines) if line.startswith("history.append"))
     assert end - start > 25
     return lines[start : end + 1]
+
+
+# ---- a training of 15 steps, watched ------------------------------------------------------------
+
+
+class Watched(muon.Muon):
+    """The optimizer, which keeps the learning rate of every step and the weights after it."""
+
+    def __init__(self, model, *args, **keywords):
+        super().__init__(model, *args, **keywords)
+        self.model = model
+        self.rates = []
+        self.weights = []
+
+    def step(self):
+        self.rates.append(self.param_groups[0]["lr"])
+        super().step()
+        self.weights.append({name: weights.detach().double()  # a copy
+                             for name, weights in self.model.named_parameters()})
+
+
+class Training(NamedTuple):
+    """What is left of a training."""
+
+    optimizer: Watched
+    model: common.Model  # the one that was tested
+    images: torch.Tensor  # all that were trained on, float in [0,1]
+    labels: torch.Tensor
+
+
+def train(part, folder, *flags):
+    """The Training of a part: 5 epochs of 3 batches of 4 images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(24) % 2
+    data = common.Data("toy", ("ant", "bee"), images, labels, images[:2] ^ 1, labels[:2])
+    states = []
+    models = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("torchvision.models.resnet18", Tiny)
+        monkeypatch.setattr(muon, "Muon", Watched)
+        monkeypatch.setattr(common, "load_data", lambda *_: data)
+        monkeypatch.setattr(report, "end_epoch", lambda *args: states.append(args[2]))
+        monkeypatch.setattr(report, "finish", lambda run, model, *_: models.append(model) or [])
+        monkeypatch.setattr(summary, "compare", lambda folder: None)
+        part.main(["--epochs", 5, "--batch-size", 4, "--train-fraction", 0.5, "--lr", 0.02,
+                   "--weight-decay", 0.03, "--amp", "off", "--results-dir", folder, *flags])
+    split = common.split_data(data, 0.5, 0)
+    return Training(states[-1]["optimizer"], models[0], split.train_images / 255,
+                    split.train_labels)
+
+
+def averaged(optimizer, name):
+    """The average of a parameter's values after the steps t, which weigh nearly as t to the 12."""
+    share = [float(math.prod(range(t, t + 12))) for t in range(1, 16)]
+    values = [weights[name] for weights in optimizer.weights]
+    total = sum(s * value for s, value in zip(share, values, strict=True))
+    return (total / sum(share)).float()
+
+
+@pytest.fixture(scope="module", params=[part1_baseline, part3_augmented, part4_angular])
+def watched(request, tmp_path_factory):
+    more = [] if request.param is part1_baseline else ["--no-part2"]
+    return train(request.param, tmp_path_factory.mktemp("results"), *more)
+
+
+def test_the_rate_warms_up_in_a_fifth_of_the_steps_and_falls_to_a_thousandth(watched):
+    up = [0.1 + 0.9 * (1 - math.cos(math.pi * t / 2)) / 2 for t in range(2)]
+    down = [0.001 + 0.999 * (1 + math.cos(math.pi * t / 12)) / 2 for t in range(13)]
+    assert watched.optimizer.rates == pytest.approx([0.02 * share for share in up + down])
+
+
+def test_every_step_has_the_weight_decay_asked_for_and_trains_batch_norm(watched):
+    assert [group["weight_decay"] for group in watched.optimizer.param_groups] == [0.03, 0.03]
+    assert watched.optimizer.model.backbone.bn1.num_batches_tracked == 15
+
+
+def test_what_is_tested_is_the_average_on_all_training_images(watched):
+    for name, weights in watched.model.backbone.named_parameters():
+        expected = averaged(watched.optimizer, f"backbone.{name}")
+        assert torch.allclose(weights, expected, atol=1e-6), name
+    model = watched.model
+    with torch.no_grad():
+        seen = model.backbone.conv1((watched.images - model.mean) / model.std)
+    assert torch.allclose(model.backbone.bn1.running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_part_4_classifies_by_the_means_of_all_training_images(tmp_path):
+    trained = train(part4_angular, tmp_path, "--no-part2")
+    with torch.no_grad():
+        embeddings = F.normalize(trained.model.outputs(trained.images), dim=1)
+    means = [embeddings[trained.labels == c].mean(0) for c in range(2)]
+    expected = F.normalize(torch.stack(means), dim=1)
+    assert torch.allclose(trained.model.head.means, expected, atol=1e-5)
+
+
+def test_a_margin_loss_classifies_by_the_average_of_its_proxies(tmp_path):
+    trained = train(part4_angular, tmp_path, "--no-part2", "--loss", "cosface")
+    expected = averaged(trained.optimizer, "head.means")
+    assert torch.allclose(trained.model.head.means, expected, atol=1e-6)

@@ -70,11 +70,12 @@ def test_paired_difference_without_a_spread_tells_nothing(ours, theirs):
 
 
 def test_calibration_error_by_hand():
-    # Two images at confidence 0.9, one right; two at 0.6, both right: (2·|.5-.9| + 2·|1-.6|) / 4
-    confidence = torch.tensor([0.9, 0.9, 0.6, 0.6])
+    # Between 12/15 and 13/15 one image is right and one is wrong; on each side one is right:
+    # (|1-.79| + |1-.81 + 0-.86| + |1-.87|) / 4. Another number of bins parts them elsewhere.
+    confidence = torch.tensor([0.79, 0.81, 0.86, 0.87])
     logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
-    error = metrics.calibration_error(logits, torch.tensor([0, 1, 0, 0]))
-    assert error == pytest.approx(0.4, abs=1e-6)
+    error = metrics.calibration_error(logits, torch.tensor([0, 0, 1, 0]))
+    assert error == pytest.approx((0.21 + 0.67 + 0.13) / 4, abs=1e-6)
 
 
 def test_knn_against_sklearn():
@@ -92,11 +93,21 @@ def test_knn_against_sklearn():
 
 
 def test_knn_can_leave_out_the_image_itself():
-    points = torch.eye(4)
-    labels = torch.tensor([0, 1, 2, 3])
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(2100, 8, generator=generator, dtype=torch.float64)
+    labels = torch.arange(2100)  # more than a block of 2,048
     assert torch.equal(metrics.knn_predict(points, labels, points, k=1), labels)
     others = metrics.knn_predict(points, labels, points, k=1, not_itself=True)
-    assert not (others == labels).any()
+    reference = NearestNeighbors(n_neighbors=2, metric="cosine").fit(points.numpy())
+    assert others.tolist() == reference.kneighbors(return_distance=False)[:, 0].tolist()
+
+
+def test_knn_ties_go_to_the_nearer_neighbours():
+    near, far = [1.0, 0.1], [1.0, 0.9]
+    image = torch.tensor([[1.0, 0.0]])
+    for label in (0, 1):
+        labels = torch.tensor([label, 1 - label])
+        assert metrics.knn_predict(torch.tensor([near, far]), labels, image, k=2) == label
 
 
 def two_classes_of_six():
