@@ -52,26 +52,6 @@ META = {"part": str, "args": dict, "dataset": str, "classes": list, "outputs": i
         "device": str, "amp": str, "metrics": dict}  # what a checkpoint says of itself
 
 
-def shares_of(shares, families):
-    """What part 3 trains on, for its record: {perturbation: its family's share of 16 images}.
-
-    shares: {family: of 16 images}.  Raises UsageError where they do not fit the families.
-    """
-    for family in (*families, *shares):
-        if family not in shares:
-            raise UsageError(f"SHARES in part3_augmented.py has no share for {family!r}; add the "
-                             "family there, or hold it out in common.HELD_OUT_FAMILIES")
-        if family not in SEEN_FAMILIES:
-            raise UsageError(f"SHARES in part3_augmented.py has a share for {family!r}, which is "
-                             "held out or no family; take it out there, or out of "
-                             "common.HELD_OUT_FAMILIES")
-    found = [shares[family] for family in families]
-    if sum(found) > 16 or any(share < 0 for share in found):
-        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; none can be "
-                         "below 0, nor all together above 16")
-    return {name: shares[family] for name, family in FAMILY.items() if family in families}
-
-
 # ---- seed, device, mixed precision --------------------------------------------------------------
 
 
@@ -358,6 +338,26 @@ def few_of(split):
     some = evenly_spaced(len(split.eval_labels), eval_n)
     return Split(split.train_images[train], split.train_labels[train], split.eval_images[some],
                  split.eval_labels[some], split.hash)
+
+
+def shares_of(shares, families):
+    """What part 3 trains on, for its record: {perturbation: its family's share of 16 images}.
+
+    shares: {family: of 16 images}.  Raises UsageError where they do not fit the families.
+    """
+    for family in (*families, *shares):
+        if family not in shares:
+            raise UsageError(f"SHARES in part3_augmented.py has no share for {family!r}; add the "
+                             "family there, or hold it out in common.HELD_OUT_FAMILIES")
+        if family not in SEEN_FAMILIES:
+            raise UsageError(f"SHARES in part3_augmented.py has a share for {family!r}, which is "
+                             "held out or no family; take it out there, or out of "
+                             "common.HELD_OUT_FAMILIES")
+    found = [shares[family] for family in families]
+    if sum(found) > 16 or any(share < 0 for share in found):
+        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; none can be "
+                         "below 0, nor all together above 16")
+    return {name: shares[family] for name, family in FAMILY.items() if family in families}
 
 
 # ---- model --------------------------------------------------------------------------------------

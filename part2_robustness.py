@@ -75,14 +75,14 @@ def main(argv=None):
     names = perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
     take_from_checkpoint(args, meta)
-    published = "", ()
+    published_hash, published = "", ()
     if args.cifar10c is not None:
-        published = datasets.cifar10c(args.cifar10c, meta["classes"])
+        published_hash, published = datasets.cifar10c(args.cifar10c, meta["classes"])
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     run = start(args, model, meta, data, split, device, amp)
-    finished = finished_before(args, run, published[0])
+    finished = finished_before(args, run, published_hash)
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = report.Clock()
 
@@ -90,7 +90,7 @@ def main(argv=None):
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
     tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx,
                                 finished)
-    test_published(tested, run, inference, published[1], amp, finished)
+    test_published(tested, run, inference, published, amp, finished)
     clock.stop("perturbations")
 
     images = common.to_float(data.test_images[attack_idx])
