@@ -184,29 +184,37 @@ def one_at_a_time(work):
 # ---- training state and resume ------------------------------------------------------------------
 
 
+def flag(name):
+    """What messages call an argument: its flag; the shares are a constant."""
+    if name == "shares":
+        return "SHARES (part3_augmented.py)"
+    return f"--{name.replace('_', '-')}"
+
+
 def identity(args, amp, device, data_hash):
     """What a resumed run must have in common with its first half, by the flag that sets it."""
     flags = {"--amp": amp, "--device": device.type, "--data-dir with the data": data_hash}
     for name, value in args.items():
         if name not in NO_EFFECT and name != "amp":
-            flag = "SHARES, by perturbation," if name == "shares" else f"--{name.replace('_', '-')}"
-            flags[flag] = value
+            flags[flag(name)] = value
     return flags
 
 
 def check_identity(path, before, now):
     """Raises UsageError if a resumed run's identity differs from its first half's."""
-    for flag, value in now.items():
-        had = before.get(flag)
+    for name, value in now.items():
+        had = before.get(name)
         if had == value:
             continue
-        if had is None or had is False:
-            advice = f"leave {flag} out"
+        if name == flag("shares"):
+            advice = "set them back"
+        elif had is None or had is False:
+            advice = f"leave {name} out"
         elif had is True:
-            advice = f"give {flag}"
+            advice = f"give {name}"
         else:
-            advice = f"give {flag} {had}"
-        raise UsageError(f"--resume: the run in {path} had {flag} {had}, this one has {value}; "
+            advice = f"give {name} {had}"
+        raise UsageError(f"--resume: the run in {path} had {name} {had}, this one has {value}; "
                          f"{advice}, or leave --resume out to start anew")
 
 

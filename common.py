@@ -266,7 +266,8 @@ def steps_per_epoch(n, batch_size):
 def batches(images, labels, batch_size, generator):
     """One shuffled epoch of (images, labels) slices; a last, smaller batch is left out.
 
-    Of one image BatchNorm's statistics would be noise.  Fewer images than a batch are one batch.
+    That batch could hold one image, of which BatchNorm's statistics would be noise.  Fewer images
+    than a batch are one batch.
     """
     order = torch.randperm(len(images), generator=generator, device=images.device)
     for i in range(steps_per_epoch(len(images), batch_size)):
@@ -623,8 +624,8 @@ def load_checkpoint(path, device):
         expected = model.state_dict()
         differing = sorted(expected.keys() ^ content["model"].keys())
         if differing:
-            raise ValueError(f"its weights are of another network than this code's: {differing[0]} "
-                             f"and {len(differing) - 1} more stand in one alone")
+            raise ValueError("its weights are of another network than this code's: only one of "
+                             f"the two has {differing[0]} ({len(differing)} names differ)")
         for name, tensor in content["model"].items():
             if tensor.dtype != expected[name].dtype or not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite or of another type")
@@ -647,7 +648,7 @@ def check_meta(meta):
         raise ValueError(f"classes {meta['classes']}")
     expected = len(meta["classes"]) if meta["head"] == "none" else EMBEDDING_DIM
     if meta["outputs"] != expected:
-        raise ValueError(f"a last layer of {meta['outputs']} numbers, this code has {expected}")
+        raise ValueError(f"a last layer of {meta['outputs']} numbers, expected {expected}")
     check_data_arguments(meta["args"])
 
 

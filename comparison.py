@@ -1,6 +1,5 @@
 """What a results directory holds, joined by weights, and what can be compared in it."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +68,7 @@ class Study(NamedTuple):
     parts: dict  # name -> Part
     left_out: list  # sentences
     seen: list  # families that part 3 trained on
-    trained_on: list  # perturbations of them, those of its time
+    trained_on: list  # the perturbations of these families that the code had then
 
     @property
     def titles(self):
@@ -107,8 +106,8 @@ def read_study(folder):
     if not isinstance(seen, list):
         seen = common.SEEN_FAMILIES
         if "part3" in parts:
-            left_out.append("part3.json: missing, or of other weights; that part 3 trained on the "
-                            f"families {', '.join(seen)} is assumed")
+            left_out.append("part3.json: names no families, is missing, or is of other weights; "
+                            f"part 3 is assumed to have trained on {', '.join(seen)}")
     shares = parts["part3"].args.get("shares") if "part3" in parts else None
     if not isinstance(shares, dict):
         shares = [name for name, family in common.FAMILY.items() if family in seen]
@@ -268,7 +267,7 @@ def against(part, reference, mine):
             if row["family"] == "attack":
                 result["verdict"] = "not tested: an attack needs several trainings"
             elif row["family"] == "CIFAR-10-C" and published(part) != published(reference):
-                result["verdict"] = "not tested: other files of CIFAR-10-C"
+                result["verdict"] = "not tested: CIFAR-10-C's files are not known to be the same"
             elif ours_right is None or theirs_right is None:
                 result["verdict"] = "not tested: which images are right is not known of both"
             else:
@@ -460,10 +459,10 @@ def explanation(studies, table, whole):
     text = (f"Means are over severities ({', '.join(severities) or 'none'}), then over "
             f"perturbations. Families that part 3 trains on: "
             f"{escape(', '.join(map(str, seen))) or 'none'}; held out: {', '.join(held_out)}.")
-    others = [name for name in dict.fromkeys(itertools.chain(*(study.parts for study in studies)))
-              if name.endswith("_augmented")]
-    if others and set(seen) != set(common.SEEN_FAMILIES):
-        text += f" {', '.join(others)} trains on {', '.join(common.SEEN_FAMILIES)}."
+    others = [name for name in common.PARTS if name.endswith("_augmented")
+              and any(name in study.parts for study in studies)]
+    if others and set(map(str, seen)) != set(common.SEEN_FAMILIES):
+        text += f" Trained on {', '.join(common.SEEN_FAMILIES)}: {', '.join(others)}."
     if any(row["in_part3_training"] == JPEG_NOTE for row in ours):
         text += (f" JPEG is left out of the held-out mean, since the {JPEG_NOTE} (it counts in "
                  "mPC).")
@@ -474,7 +473,7 @@ def explanation(studies, table, whole):
 
 
 def argument_differences(part, reference):
-    """Sentences: every argument in which two trainings differ, or their tests by part 2."""
+    """Sentences: the arguments in which two trainings differ, or their tests by part 2."""
     if part.record is None or reference.record is None:
         return "Whether their arguments are the same is not known: a record (.json) is missing."
     text = f"Their trainings differ in {differences(part.record, reference, reference.record)}."
@@ -490,8 +489,8 @@ def differences(record, reference, other):
     differing = []
     alone = []
     for name in {**ours, **theirs}:
-        if "shares" in name and not (name in ours and name in theirs):
-            continue  # a line of its own length, of which --families tells the essence
+        if "SHARES" in name and not (name in ours and name in theirs):
+            continue  # long, and --families says the essence
         if name not in theirs:
             alone.append(f"{name} {escape(ours[name])}")
         elif name not in ours:
@@ -509,7 +508,7 @@ def facts(record):
     values = {}
     for name, value in record["args"].items():
         if name not in checkpoints.NO_EFFECT | of_part2 and name != "amp":
-            values[code(f"--{name.replace('_', '-')}")] = report.spelled(value)
+            values[code(checkpoints.flag(name))] = report.spelled(value)
     values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
     values["commit"] = report.spelled(record["versions"].get("commit", "unknown"))
     return values

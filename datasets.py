@@ -126,7 +126,8 @@ def cifar10c(folder, classes):
     """CIFAR-10-C's own files in `folder`: (their hash, an iterator of Corrupted).
 
     Each <corruption>.npy holds uint8 (5n,32,32,3), severity after severity, labels.npy the 5n
-    labels, 0 to 9 (n is 10,000 in the published set).  Checked now, read as they are asked for.
+    labels, 0 to 9 (n is 10,000 in the published set).  All are read once now, to check and hash
+    them, and again as they are asked for.
     Raises UsageError if that is not what is there, or if the model's `classes` are not CIFAR-10's.
     """
     folder = Path(folder)

@@ -187,7 +187,8 @@ class Tested(NamedTuple):
 def finished_before(args, run, published_hash):
     """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
 
-    published_hash: of CIFAR-10-C's files; as a version of the run it tells other files apart.
+    published_hash: of CIFAR-10-C's files.  Kept among the run's versions, so that results on other
+    files are told apart.
     """
     if published_hash:
         run.versions["CIFAR-10-C"] = published_hash

@@ -35,6 +35,7 @@ LOSSES = {"angular": "Angular", "arcface": "ArcFace", "cosface": "CosFace",
 ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", "_severities.png",
                     "_examples.png", "_fgsm.png", "_adversarial.png", "_umap.png", "_umap.npz")
 REWRITE = "move it away; its part writes it anew"
+OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
 PACKAGES = ("torch", "torchvision", "numpy", "cleverhans", "umap-learn")
 
 
@@ -146,7 +147,7 @@ def tell_what_is_replaced(run):
     before = record["args"] | {"amp": record.get("amp")}
     now = json.loads(json.dumps(run.args | {"amp": run.amp}))  # tuples as lists, as in the record
     ignored = {*checkpoints.NO_EFFECT, "checkpoint", "batch_size" if run.name != run.part else ""}
-    differing = [f"--{name.replace('_', '-')} {spelled(before[name])}"
+    differing = [f"{checkpoints.flag(name)} {spelled(before[name])}"
                  for name in sorted(before.keys() & now.keys() - ignored)
                  if before[name] != now[name]]
     if run.weights and record["weights"] != run.weights:  # part 2 knows them before it begins
@@ -161,14 +162,15 @@ def tell_what_is_replaced(run):
 def versions():
     """{package: version} of what computes, with Python's and the commit.
 
-    Where Python files are not committed as they are, or nothing is, their hash follows.
+    Where the Python files differ from the commit, or there is none, a hash of them follows.
     """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
-    found["commit"] = git("describe", "--always")
-    if not found["commit"] or git("status", "--porcelain", "--", ":(glob)*.py"):
+    tracked = git("ls-files", "--", OUR_CODE)  # nothing inside another project's repository
+    found["commit"] = git("describe", "--always") if tracked else ""
+    if not found["commit"] or git("status", "--porcelain", "--", OUR_CODE):
         sha = hashlib.sha256()
-        for path in sorted(Path(__file__).parent.glob("*.py")):
+        for path in sorted(Path(__file__).parent.glob("[!.]*.py")):
             sha.update(path.name.encode() + path.read_bytes())
         found["commit"] = f"{found['commit'] or 'none'}-dirty-{sha.hexdigest()[:7]}"
     return found
@@ -405,12 +407,12 @@ def end_epoch(run, history, state, generator):
 def retire(run):
     """Removes part 2's results of a part's former weights, by their exact names, and says so."""
     name = robustness_name(run.part)
-    former = {row["weights"] for row in read_table(run.folder / f"{name}.csv")}
-    former |= checkpoints.tested_weights(run.folder / f"{name}_state.pt")
-    if former <= {run.weights}:
-        return
-    checkpoints.remove([run.folder / f"{name}{ending}" for ending in ROBUSTNESS_FILES],
-                       f"as of the former weights {', '.join(sorted(former))}")
+    tested = {row["weights"] for row in read_table(run.folder / f"{name}.csv")} - {run.weights}
+    begun = checkpoints.tested_weights(run.folder / f"{name}_state.pt") - {run.weights}
+    if tested or begun:
+        endings = ROBUSTNESS_FILES if tested else ("_state.pt",)
+        checkpoints.remove([run.folder / f"{name}{ending}" for ending in endings],
+                           f"as of the former weights {', '.join(sorted(tested | begun))}")
 
 
 # ---- what every training part does after its loop -----------------------------------------------

@@ -1,6 +1,5 @@
 """The comparison over several trainings: what holds of a method, not of one network."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -136,7 +135,7 @@ def check_data(studies):
     known = {}
     for study in studies:
         for part in study.parts.values():
-            for key, what in (("classes", "the classes"), ("sizes", "as many images as")):
+            for key, what in (("classes", "the classes"), ("sizes", "the numbers of images")):
                 found = part.record.get(key)
                 other, expected = known.setdefault(key, (study.folder, found))
                 if found != expected:
@@ -152,9 +151,11 @@ def refuse(name, not_compared, first, before, folder, now):
         both.append({"cifar10c, with the files,": files} | record["args"])
     for argument in sorted({*both[0], *both[1]} - not_compared):
         values = [report.spelled(record.get(argument, "absent")) for record in both]
+        if argument == "shares" and "absent" in values:
+            continue  # older records have none; --families says which families
         if values[0] != values[1]:
-            flag = argument.replace("_", "-")
-            raise UsageError(f"{name} has --{flag} {values[0]} in {first} and {values[1]} in "
+            flag = checkpoints.flag(argument)
+            raise UsageError(f"{name} has {flag} {values[0]} in {first} and {values[1]} in "
                              f"{folder}; expected trainings that differ in seeds alone")
 
 
@@ -291,7 +292,7 @@ def pair_table(tests):
 
 
 def made_with(*studies):
-    """{commit, precision, device, torch, --compile: what trainings and tests were made with}."""
+    """{"commit", "mixed precision", "device", "torch", "--compile": {each value found: None}}."""
     found = {name: {} for name in ("commit", "mixed precision", "device", "torch", "--compile")}
     for study in studies:
         for part in study.parts.values():
@@ -328,8 +329,9 @@ def training_text(studies, tables, lines, counts, tests):
             text += [f"## {title}, mean ± standard deviation",
                      markdown_table(("accuracy, %", *header), body)]
         if group == "perturbed":
-            whole = itertools.chain.from_iterable(map(comparison.measured, studies))
-            text += comparison.explanation(studies, [*itertools.chain(*tables)], [*whole])
+            table = sum(tables, [])
+            whole = sum(map(comparison.measured, studies), [])
+            text += comparison.explanation(studies, table, whole)
     for part, reference in comparison.pairs(counts):
         mine = [test for test in tests if (test.part, test.reference) == (part, reference)]
         if mine:

@@ -101,8 +101,8 @@ def test_verdicts_are_of_mcnemar_on_the_same_images_and_corrected(tmp_path):
     assert "shows no difference" not in text
 
 
-@pytest.mark.parametrize(("files", "verdict"), [("a", "better"), ("b", "not tested: other files of "
-                                                                 "CIFAR-10-C")])
+@pytest.mark.parametrize(("files", "verdict"), [
+    ("a", "better"), ("b", "not tested: CIFAR-10-C's files are not known to be the same")])
 def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, files, verdict):
     for name, part, weights, mine, value in (("part2", "part1", A, "a", 0.5),
                                              ("part3_robustness", "part3", B, files, 0.7)):
@@ -321,7 +321,7 @@ def test_interval_of_a_claim_against_the_formula_for_paired_proportions(tmp_path
             "n = 1,000 images") in text_of(tmp_path)
 
 
-def test_guessing_is_always_the_largest_class(tmp_path):
+def test_attacks_are_claimed_against_the_largest_class(tmp_path):
     run = run_of(tmp_path, "part1", "part1")
     write(run, {CLEAN: 0.7}, extra=[("accuracy of cat", 0.9), ("accuracy of dog", 0.2)])
     rows = report.read_table(tmp_path / "part1.csv")
@@ -329,7 +329,7 @@ def test_guessing_is_always_the_largest_class(tmp_path):
     report.write_rows(tmp_path / "part1.csv", rows)
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
     line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
-    assert "guessing (80.0 %)" in line
+    assert "less than always naming the largest class (80.0 %)" in line
     assert "**this network: supported**" in line
 
 
@@ -769,7 +769,7 @@ def test_families_are_those_of_the_part_3_that_some_folder_has(tmp_path):
 
 def test_other_data_of_the_same_name_are_refused(tmp_path):
     for key, other, match in (("classes", ["cow", "dog"], r"seed0 has the classes \['cat'"),
-                              ("sizes", {"test": 60}, "seed0 has as many images as .* 60")):
+                              ("sizes", {"test": 60}, "seed0 has the numbers of images .* 60")):
         folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1)]
         path = folders[1] / "part1.json"
         path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: other}), "utf-8")
@@ -836,7 +836,7 @@ def test_arguments_in_which_part_and_reference_differ_stand_with_their_table(tmp
 def test_families_of_a_part_3_without_a_record_are_said_to_be_assumed(tmp_path):
     folder = training(tmp_path, 0, {CLEAN: 0.7}, {CLEAN: 0.7}, families=["noise"])
     (folder / "part3.json").unlink()
-    assumed = "that part 3 trained on the families noise, color, geometry is assumed"
+    assumed = "part 3 is assumed to have trained on noise, color, geometry"
     assert assumed in text_of(folder)
 
 
@@ -847,8 +847,20 @@ def test_held_out_is_said_of_part_3_alone_where_part_4_trains_on_more(tmp_path):
     write(run_of(folder, "part4_augmented_robustness", "part4_augmented", C, 0, f"{0:012x}"),
           perturbed(rotation=0.9))
     text = text_of(folder)
-    assert "under perturbations of families that part 3 does not train on |" in text
-    assert "part4_augmented trains on noise, color, geometry." in text
+    assert "under perturbations that part 3 does not train on |" in text
+    assert "Trained on noise, color, geometry: part4_augmented." in text
+
+
+def test_shares_are_compared_where_both_records_have_them(tmp_path):
+    folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1, 2)]
+    for folder, shares in zip(folders[1:], ({"rotation": 4}, {"rotation": 2}), strict=True):
+        path = folder / "part1.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["args"]["shares"] = shares
+        path.write_text(json.dumps(record), encoding="utf-8")
+    trainings.compare_trainings(folders[:2])  # an older record has none
+    with pytest.raises(UsageError, match=r"part1 has SHARES \(part3_augmented.py\) .*4.* and .*2"):
+        trainings.compare_trainings(folders[1:])
 
 
 def test_compiled_trainings_are_compared_with_others_and_told(tmp_path):

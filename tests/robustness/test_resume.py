@@ -205,8 +205,14 @@ def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatc
     found = [report.versions()["commit"]]
     (tmp_path / "part.py").write_text("y")
     found.append(report.versions()["commit"])
+    (tmp_path / ".#part.py").symlink_to("nowhere")  # an editor's lock
+    git("init")  # of something else
+    (tmp_path / ".gitignore").write_text("*.py")
+    git("add", ".gitignore")
+    git("commit", "-m", "x")
+    assert report.versions()["commit"] == found[-1]
     assert all(commit.startswith("none-dirty-") for commit in found)
-    git("init")
+    (tmp_path / ".gitignore").unlink()
     for content in ("a", "b", "c"):
         (tmp_path / "part.py").write_text(content)
         if content == "a":
