@@ -98,7 +98,7 @@ def part_name(args):
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
-    generator = common.seed_everything(args.seed, device)  # of batches and augmentation
+    generator = common.seed_everything(args.seed, device)  # of all that is drawn
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)

@@ -111,10 +111,14 @@ def check(studies):
             raise UsageError(f"{other} and {study.folder} are both of seed {seeds[0]}, split "
                              f"{study.split_hash}; expected different trainings")
     for name in common.PARTS:
-        trained = [(study.folder, study.parts[name].record) for study in studies
-                   if name in study.parts]
-        tested = [(study.folder, study.parts[name].part2_record) for study in studies
-                  if name in study.parts and study.parts[name].has_part2]
+        trained = []
+        tested = []
+        for study in studies:
+            part = study.parts.get(name)
+            if part:
+                trained.append((study.folder, part.record))
+            if part and part.has_part2:
+                tested.append((study.folder, part.part2_record))
         check_records(name, trained, NOT_COMPARED)
         check_records(report.robustness_name(name), tested, NOT_COMPARED_PART2)
     check_data(studies)
