@@ -13,14 +13,32 @@ DEMO_TEST := part2_robustness.py --results-dir results/demo --umap-points 100 \
 	--attack-images 100 --audit-images 20 --eps-255 0 32 64 128 --checkpoint
 
 .PHONY: demo run study same-arguments reference test test-all lint clean
+.PHONY: demo-train1 demo-train3 demo-train4 demo-test1 demo-test3 demo-test4
 
+# two at once, on half the cores each: much of such short runs is imports and compilation, on one core
 demo: $(VENV)/installed
-	$(BIN)/python part1_baseline.py $(DEMO)
-	$(BIN)/python $(DEMO_TEST) results/demo/part1.pt
-	$(BIN)/python part3_augmented.py $(DEMO) --no-part2
-	$(BIN)/python $(DEMO_TEST) results/demo/part3.pt
-	$(BIN)/python part4_angular.py $(DEMO) --no-part2
-	$(BIN)/python $(DEMO_TEST) results/demo/part4.pt
+	@echo "results/demo: two parts at once; what each prints follows when it ends"
+	@$(MAKE) --no-print-directory -j2 demo-test1 demo-test3 demo-test4
+
+demo-train1:
+	$(call printed,part1_baseline.py $(DEMO))
+
+demo-train3:
+	$(call printed,part3_augmented.py $(DEMO) --no-part2)
+
+demo-train4:
+	$(call printed,part4_angular.py $(DEMO) --no-part2)
+
+# part 2 tries part 1's adversarial images on every other model
+demo-test1 demo-test3 demo-test4: demo-test%: demo-train% demo-train1
+	$(call printed,$(DEMO_TEST) results/demo/part$*.pt)
+
+define printed
+@echo "started: python $(1)"
+@output=$$(OMP_NUM_THREADS=$(HALF) $(BIN)/python $(1) 2>&1); status=$$?; \
+	printf '\nended: python %s\n%s\n' "$(1)" "$$output"; exit $$status
+endef
+HALF := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 
 run: $(VENV)/installed
 	$(BIN)/python part1_baseline.py --results-dir $(RESULTS) $(ARGS)
