@@ -218,8 +218,6 @@ TESTED = (
     f"where p < {comparison.ALPHA}. Of means, the claims give Student's interval over the images, "
     "with p corrected over the two means. Attacks are compared over several trainings alone "
     "(`python summary.py FOLDER FOLDER …`), since one seed moves them far.")
-HEADS = ("`own` is the part's classifier; the others are fitted to the backbone's 512-d output of "
-         "the training images alone: nearest class mean, nearest neighbours, linear probe.")
 
 
 def summary(study, table, whole, tests):
@@ -234,7 +232,7 @@ def summary(study, table, whole, tests):
         if group == "perturbed":
             text += comparison.explanation([study], table, whole)
     text += [TESTED, "## Calibration", calibration_table(study, table),
-             "## Loss or head?", HEADS, heads_table(study),
+             "## Loss or head?", comparison.HEADS, heads_table(study),
              "## Audit of the attacks", audit_text(study), "## What ran", what_ran(study),
              "## Left out", bullets(study.left_out), missing(study), "## Figures"]
     names = ["comparison"]

@@ -19,6 +19,7 @@ import numpy as np
 
 NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `made_with` tells of it
 NOT_COMPARED_PART2 = {*NOT_COMPARED, "checkpoint", "batch_size", "cifar10c"}
+HEADS = ["own", "class_means", "knn", "probe"]
 MAIN_ATTACK = "FGSM 8/255"  # that a claim is made of
 
 
@@ -273,6 +274,31 @@ def claims_of_method(studies, lines, tests):
     return found + claims.attack_claims(studies, "") + claims.audit_claim(studies)
 
 
+def head_table(studies, counts, titles):
+    """Clean test accuracy of every head, of each part and of each part against its reference."""
+    accuracies = {}  # head -> {part: (n,), one number a training, nan where there is none}
+    for i, study in enumerate(studies):
+        for part in study.parts.values():
+            for row in reversed(part.rows):  # so that a part's own table counts before part 2's
+                if (row["split"], row["condition"], row["metric"]) == ("test", "clean", "accuracy"):
+                    empty = {name: np.full(len(studies), math.nan) for name in counts}
+                    accuracies.setdefault(row["head"], empty)[part.name][i] = row["value"]
+    heads = [head for head in HEADS if head in accuracies]
+    body = []
+    for name, n in counts.items():
+        body.append((titles[name], *(spread(accuracies[head][name], n) for head in heads)))
+    for part, reference in comparison.pairs(counts):
+        cells = []
+        for head in heads:
+            ours, theirs = accuracies[head][part], accuracies[head][reference]
+            both = np.isfinite(ours) & np.isfinite(theirs)
+            change = metrics.paired_difference(ours[both], theirs[both]) if both.any() else None
+            cells.append(claims.between(change) if change else "-")
+        body.append((f"{titles[part]} against {reference}", *cells))
+    columns = [head.replace("_", " ") for head in heads]
+    return markdown_table(("accuracy on the test set, %", *columns), body)
+
+
 def method_claim(claim, change, p_holm):
     outcome = claims.OUTCOMES.get(comparison.verdict(p_holm, change.mean),
                                   f"not resolved with {trainings(change.n)}")
@@ -342,6 +368,9 @@ def training_text(studies, tables, lines, counts, tests):
             both = next(study.parts for study in studies if {part, reference} <= {*study.parts})
             text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine),
                      comparison.argument_differences(both[part], both[reference])]
+    text += ["## Loss or head?",
+             f"{comparison.HEADS} The same head on both parts tells the loss from the head. "
+             "Student's intervals, not corrected.", head_table(studies, counts, titles)]
     items = []
     left_out = []
     for study in studies:

@@ -144,6 +144,10 @@ def append(run, *rows):
     report.write_rows(path, [*report.read_table(path), *rows])
 
 
+def head_row(run, split, head, accuracy):
+    return report.row(run, split, "clean", "", head, "accuracy", accuracy, N, (0, 1))
+
+
 def test_calibration_stands_clean_first_and_then_in_the_mean(tmp_path):
     part1, part2 = run_of(tmp_path, "part1", "part1"), run_of(tmp_path, "part2", "part1")
     write(part1, {CLEAN: 0.7})
@@ -160,8 +164,7 @@ def test_calibration_stands_clean_first_and_then_in_the_mean(tmp_path):
 def test_every_head_stands_under_its_own_name(tmp_path):
     run = run_of(tmp_path, "part1", "part1")
     write(run, {CLEAN: 0.7})
-    append(run, *(report.row(run, "test", "clean", "", head, "accuracy", value, N, (0.4, 0.8))
-                  for head, value in (("knn", 0.6), ("probe", 0.5))))
+    append(run, head_row(run, "test", "knn", 0.6), head_row(run, "test", "probe", 0.5))
     text = text_of(tmp_path)
     assert "| accuracy, % | test, own | test, knn | test, probe |" in text
     assert "| part1 (cross-entropy) | 70.0 | 60.0 | 50.0 |" in text
@@ -593,6 +596,26 @@ def test_mean_and_deviation_over_trainings_of_different_splits(tmp_path):
     assert "| test set | 72.0 ± 2.0 |" in text
     assert "part1 (cross-entropy), n = 3" in text
     assert (tmp_path / "trainings.html").exists()
+
+
+def test_the_same_head_on_both_parts_by_a_hand_calculation(tmp_path):
+    folders = []
+    for seed, gain in enumerate((0.01, 0.03)):
+        folder = training(tmp_path, seed, {CLEAN: 0.7}, {CLEAN: 0.8})
+        for name, knn in (("part1", 0.6), ("part3", 0.6 + gain)):
+            run = run_of(folder, name, name, f"{seed:011x}{name[-1]}", seed, f"{seed:012x}")
+            append(run, head_row(run, "test", "knn", knn), head_row(run, "evaluation", "knn", 0.5))
+        folders.append(folder)
+    append(run, head_row(run, "test", "probe", 0.9))  # of one training alone
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    table = text[text.index("## Loss or head?") : text.index("## What ran")]
+    assert "| accuracy on the test set, % | own | knn | probe |" in table
+    assert "| part1 (cross-entropy) | 70.0 ± 0.0 | 60.0 ± 0.0 | - |" in table
+    assert "| part3 (augmented) | 80.0 ± 0.0 | 62.0 ± 1.4 | 90.0 (n = 1) |" in table
+    # 2 ± 12.706 (t of one degree of freedom) × 1.414 / √2 points
+    assert ("| part3 (augmented) against part1 | +10.0 points (no interval) | "
+            "+2.0 points (-10.7 to +14.7) | - |") in table
 
 
 def test_the_interval_of_a_true_difference_is_that_of_a_hand_calculation(tmp_path):
