@@ -355,9 +355,9 @@ def shares_of(shares, families):
                              "held out or no family; take it out there, or out of "
                              "common.HELD_OUT_FAMILIES")
     found = [shares[family] for family in families]
-    if sum(found) > 16 or any(share < 0 for share in found):
-        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; none can be "
-                         "below 0, nor all together above 16")
+    if sum(found) > 16 or any(share <= 0 for share in found):
+        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; each must be "
+                         "above 0, all together at most 16; to leave a family out: --families")
     return {name: shares[family] for name, family in FAMILY.items() if family in families}
 
 
@@ -460,7 +460,7 @@ class ClassMeans(nn.Module):
 class WeightAverage:
     """The average of a model's weights in which step t weighs as t to the `power`.
 
-    A power of 3 gives half of the weight to the last sixth of the steps, 24 to the last 3 %
+    A power of 12 gives half of the weight to the last twentieth of the steps, 3 to the last sixth
     (polynomial-decay averaging, Shamir & Zhang 2013).  As in stochastic weight averaging (Izmailov
     et al. 2018) its BatchNorm statistics are its own: estimated on training images.  torch's
     AveragedModel would make the host wait for the device in every step.

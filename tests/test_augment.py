@@ -61,15 +61,18 @@ def test_every_seen_perturbation_takes_its_turn_at_every_severity(calls):
     assert by_family(calls) == {"noise": 120 * 4, "color": 120 * 4, "geometry": 120 * 16}
 
 
-def test_every_familys_share_is_right_within_one_image(calls):
+def test_every_familys_share_is_right_within_one_image_and_exact_in_16_steps(calls):
     shares = {"noise": 1, "color": 1, "geometry": 4}  # of 16
-    for n in (8, *range(16, 131)):  # part 4's batches have 60
-        calls.clear()
-        part3_augmented.augment(torch.zeros(n, 3, 8, 8), torch.Generator(), 0)
-        found = by_family(calls)
-        for family, share in shares.items():
-            assert abs(found[family] - n * share / 16) <= 1, (n, family)
-        assert abs(sum(found.values()) - n * 6 / 16) <= 0.5, n
+    for n in (2, 7, 8, 60, 64, 100):  # part 4's batches have 60
+        total = dict.fromkeys(shares, 0)
+        for step in range(16):
+            calls.clear()
+            part3_augmented.augment(torch.zeros(n, 3, 8, 8), torch.Generator(), step)
+            found = by_family(calls)
+            for family, share in shares.items():
+                assert abs(found.get(family, 0) - n * share / 16) < 1, (n, step, family)
+                total[family] += found.get(family, 0)
+        assert total == {family: n * share for family, share in shares.items()}
 
 
 @pytest.mark.parametrize("families", [(), ("noise",), ("geometry",), ("color", "geometry")])
@@ -117,8 +120,9 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
 
 @pytest.mark.parametrize(("shares", "problem"), [
     ({"noise": 1, "color": 1}, "no share for 'geometry'"),
-    ({"noise": 8, "color": 4, "geometry": 5}, "above 16"),
-    ({"noise": -1, "color": 4, "geometry": 4}, "below 0"),
+    ({"noise": 8, "color": 4, "geometry": 5}, "at most 16"),
+    ({"noise": -1, "color": 4, "geometry": 4}, "each must be above 0"),
+    ({"noise": 0, "color": 1, "geometry": 4}, "each must be above 0"),
     ({"noise": 1, "color": 1, "geometry": 4, "blur": 2}, "'blur', which is held out"),
     ({"noise": 1, "color": 1, "geometry": 4, "wether": 2}, "'wether', which is held out or no")])
 @pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
