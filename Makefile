@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 # what `make run` and `make study` train on and how, for example:
 #   make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
 ARGS ?=
+PASSED_ON = $(filter --no-umap --compile,$(ARGS))# to part 2, which has the data from the checkpoint
 RESULTS ?= results
 DEMO := --dataset digits --results-dir results/demo --epochs 6 --batch-size 32 --lr 0.05 \
 	--umap-points 100
@@ -42,7 +43,8 @@ HALF := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 
 run: $(VENV)/installed
 	$(BIN)/python part1_baseline.py --results-dir $(RESULTS) $(ARGS)
-	$(BIN)/python part2_robustness.py --checkpoint $(RESULTS)/part1.pt --results-dir $(RESULTS)
+	$(BIN)/python part2_robustness.py --checkpoint $(RESULTS)/part1.pt --results-dir $(RESULTS) \
+		$(PASSED_ON)
 	$(BIN)/python part3_augmented.py --results-dir $(RESULTS) $(ARGS)
 	$(BIN)/python part4_angular.py --results-dir $(RESULTS) $(ARGS)
 	$(BIN)/python part4_angular.py --augment --results-dir $(RESULTS) $(ARGS)
@@ -96,7 +98,7 @@ endef
 .SECONDEXPANSION:
 $(STUDY)/%.tested: $(STUDY)/%.trained $$(@D)/part1.trained
 	$(call logged,part2_robustness.py --checkpoint $(@:.tested=.pt) --results-dir $(@D) --resume \
-		$(TESTS) $(filter --no-umap --compile,$(ARGS)),TESTS)
+		$(TESTS) $(PASSED_ON),TESTS)
 
 train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resume $(ARGS),ARGS)
 

@@ -362,7 +362,7 @@ def to_uint8(images):
 
 def perturb(images, name, severity):
     """A whole uint8 set (N,3,H,W) under one perturbation: the same pixels for every model, run,
-    batch size, device and processor.
+    batch size, device and processor (jpeg: with the same Pillow).
 
     Image i depends on (name, severity, i) and its own pixels alone: the set is made in blocks of
     500, each from a CPU generator seeded with its name and place, and a short last block is filled

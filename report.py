@@ -36,7 +36,7 @@ ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", "_severities.p
                     "_examples.png", "_fgsm.png", "_adversarial.png", "_umap.png", "_umap.npz")
 REWRITE = "move it away; its part writes it anew"
 OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
-PACKAGES = ("torch", "torchvision", "numpy", "cleverhans", "umap-learn")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "cleverhans", "umap-learn")
 
 
 # ---- the run ------------------------------------------------------------------------------------
