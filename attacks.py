@@ -67,9 +67,10 @@ def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_siz
 
 
 def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
-    """Projected gradient descent (Madry et al. 2018), by cleverhans, from the image itself.
+    """Projected gradient descent (Madry et al. 2018) by cleverhans, without a random start.
 
-    Takes `steps` steps of 2.5 * eps / steps, at most eps.  Arguments and result as in `fgsm`.
+    So it is the basic iterative method of Kurakin et al. 2016, in one run.  Takes `steps` steps of
+    2.5 * eps / steps, at most eps.  Arguments and result as in `fgsm`.
     """
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 

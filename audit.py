@@ -95,9 +95,10 @@ def compared(name, ours, theirs, passed):
 def worst_case_rows(run, names, right, few, sweep):
     """Accuracy where an image counts as right only if it withstands every attack made on the model.
 
-    worst_case: of all attacked images, by the attacks of one step.  worst_case_audit: of the
-    audit's images, by PGD as well.  Part 1's adversarial images do not count: part 1 itself is
-    attacked with its own alone, so that parts compare.
+    worst_case: of all attacked images, by the attacks of one step; predicted labels and noise are
+    tried at part 2's AUDIT_EPS alone.  worst_case_audit: of the audit's images, by PGD as well.
+    Part 1's adversarial images do not count: part 1 itself is attacked with its own alone, so that
+    parts compare.
     """
     rows = []
     for eps in sweep[1:]:

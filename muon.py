@@ -16,8 +16,8 @@ class Muon(torch.optim.Optimizer):
     penalty of the other parameters alone.  This asks for a BatchNorm after every convolution, which
     undoes any scale of its weights.
 
-    dtype: of the matrix products, float32 in place of float16, in whose range gradients vanish; the
-    weights stay float32.
+    dtype: of the matrix products; for float16, in which they would underflow, float32 is taken.
+    The weights stay float32.
     """
 
     def __init__(self, model, lr, momentum, weight_decay, dtype=torch.float32):
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 step = torch.add(gradient, momentum, alpha=group["momentum"])  # Nesterov's
                 if group["orthogonal"]:
                     matrix = step.permute(0, 2, 3, 1).flatten(1)  # (C',kkC), without a copy
-                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())  # an orthogonal one's
+                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())  # as orthogonal
                     matrix = orthogonalized(matrix.to(self.dtype)).to(weights.dtype)
                     n, channels, height, width = weights.shape
                     step = matrix.view(n, height, width, channels).permute(0, 3, 1, 2)

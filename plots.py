@@ -510,7 +510,7 @@ def severities(path, rows, run):
 
 
 def held_out_note(dataset, rows):
-    note = "Held out: part 3 does not train on it"
+    note = "Held out: part 3 never trains on it"
     if dataset.startswith(JPEG_COPY) and where(rows, condition="jpeg"):
         note += " (but all images of this copy are JPEG)"
     return f"{note}."
