@@ -24,6 +24,7 @@ ACRONYMS = {"fgsm": "FGSM", "pgd": "PGD", "l2": "L2", "jpeg": "JPEG", "part1": "
 JPEG_NOTE = "training images are JPEG"
 SEEN = "mean, perturbations of seen families"
 HELD_OUT = "mean, perturbations of held-out families"
+CROP_AND_FLIP = ("horizontal_flip", "translation")  # part 3 trains on both with any --families
 MEANS = {"yes": SEEN, "no": HELD_OUT}  # by in_part3_training
 ALL_PERTURBED = "mean over perturbations (mPC)"
 TEST = "test set"
@@ -209,7 +210,7 @@ def in_training(study, condition):
         return ""
     if condition == "jpeg" and study.dataset.startswith(JPEG_COPY):  # with --quick, too
         return JPEG_NOTE
-    return "yes" if condition in study.trained_on else "no"
+    return "yes" if condition in (*study.trained_on, *CROP_AND_FLIP) else "no"
 
 
 def measured(study):

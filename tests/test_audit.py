@@ -217,6 +217,40 @@ def checks_of(**left):
     return {check.name: check.passed for check in checks}
 
 
+@pytest.mark.parametrize(("unit", "passed"), [(95, True), (94, False)])
+def test_unit_logits_may_take_off_two_points_of_fgsm_and_five_of_pgd(unit, passed):
+    withstood = {(name, 8): torch.arange(100) < n for name, n in
+                 {"fgsm": 100, "fgsm_unit": unit + 3, "random_sign": 100, "pgd": 100,
+                  "pgd_unit": unit}.items()}
+    checks = audit.checks_at(audit.attack_names("inf"), withstood, torch.arange(100), 8)
+    found = {check.name: check.passed for check in checks}
+    assert found["pgd_unit 8/255 is hardly stronger than pgd"] == passed
+    assert found["fgsm_unit 8/255 is hardly stronger than fgsm"] == passed
+
+
+def test_pgd_is_compared_with_fgsm_on_the_images_of_both():
+    withstood = {(name, 8): torch.arange(10) >= 4 for name in ("fgsm", "fgsm_unit", "random_sign")}
+    withstood |= {(name, 8): torch.arange(4) < 1 for name in ("pgd", "pgd_unit")}
+    checks = audit.checks_at(audit.attack_names("inf"), withstood, torch.arange(4), 8)
+    [check] = [check for check in checks if check.name == "pgd 8/255 is stronger than fgsm"]
+    assert (check.passed, check.found) == (False, "25.0 against 0.0 %")
+
+
+@pytest.mark.parametrize(("name", "value", "passed"), [
+    ("no_gradient", 0.009, True), ("no_gradient", 0.01, False), ("excess", 9e-7, True),
+    ("excess", 1e-5, False), ("changed", 0, True), ("changed", 1, False), ("left", 10, True),
+    ("left", 11, False)])
+def test_the_bounds_of_the_audit(name, value, passed):
+    at = {"no_gradient": 0.0, "excess": 0.0, "changed": 0, "left": 0} | {name: value}
+    right = {(attack, eps): torch.arange(100) < at["left"] for eps in (0, 8) for attack in
+             ("fgsm", "fgsm_unit", "random_sign", "pgd", "pgd_unit")}
+    checks = audit.audit_attacks(audit.attack_names("inf"), right, torch.arange(100), [8],
+                                 at["no_gradient"], at["excess"], at["changed"])
+    said = {"no_gradient": "few images without a gradient", "excess": "|delta| is at most eps",
+            "changed": "eps 0 equals clean", "left": "pgd 8/255 leaves next to nothing"}
+    assert {check.name: check.passed for check in checks}[said[name]] == passed
+
+
 def test_a_masked_model_is_found_by_part_1s_adversarial_images(victim):
     model, images, labels = victim
 
@@ -269,6 +303,8 @@ def test_the_worst_case_is_of_each_image_over_all_attacks(victim):
 
 
 def test_in_the_l2_norm_as_well(victim):
-    failed, left, _ = attack(*victim, "--norm", "2", "--eps-255", "64", "256")
+    failed, left, attacked = attack(*victim, "--norm", "2", "--eps-255", "64")
     assert "|delta| is at most eps" not in failed
+    checks = [check.name for check in attacked.audit]
+    assert "pgd_l2 256/255 leaves next to nothing" in checks  # though not asked for
     assert left["worst_case_l2", "256"] <= min(left["fgsm_l2", "256"], left["random_l2", "256"])
