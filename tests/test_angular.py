@@ -6,7 +6,7 @@ import common
 import part4_angular
 import report
 from metrics import class_means
-from part4_angular import PROXY_COPIES, MarginLoss, ProxyAngularLoss, angular_loss, fit_head
+from part4_angular import MarginLoss, ProxyAngularLoss, angular_loss, fit_head
 
 import pytest
 import torch
@@ -158,9 +158,8 @@ def test_proxies_join_the_batch_and_class_means_classify(batch):
     proxies = criterion.proxies.detach().clone()
     value = criterion(embeddings.bfloat16(), labels)
     value.backward()
-    rows = [embeddings.bfloat16().double()] + PROXY_COPIES * [proxies.double()]
-    expected = by_definition(torch.cat(rows),
-                             torch.cat([labels, torch.arange(4).repeat(PROXY_COPIES)]), 45)
+    rows = [embeddings.bfloat16().double()] + 16 * [proxies.double()]
+    expected = by_definition(torch.cat(rows), torch.cat([labels, torch.arange(4).repeat(16)]), 45)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (criterion.proxies.grad != 0).any(1).all()  # each of the four
     head.fit(embeddings, labels)
@@ -191,8 +190,8 @@ def test_proxies_of_many_classes_cost_no_more_than_their_pairs(classes):
 
 @pytest.mark.parametrize("theta", [0, 0.7, 3.0, math.pi])
 @pytest.mark.parametrize(("kind", "margin"), [
-    ("arcface", None), ("arcface", 0.5), ("cosface", None), ("cosface", 0.35),
-    ("sphereface", None), ("sphereface", 2.0)])
+    ("arcface", None), ("arcface", 0.5), ("arcface", 0.0), ("cosface", None), ("cosface", 0.35),
+    ("cosface", 0.0), ("sphereface", None), ("sphereface", 2.0)])
 def test_margins_by_hand(kind, margin, theta):
     head = common.ClassMeans(2, 16)
     criterion = MarginLoss(kind, head, margin, scale=10.0)
@@ -200,7 +199,7 @@ def test_margins_by_hand(kind, margin, theta):
         head.means.zero_()[:, :2] = torch.eye(2)
     embedding = torch.zeros(1, 16)
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
-    m = margin or {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind]
+    m = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind] if margin is None else margin
     own = {"arcface": math.cos(min(theta + m, math.pi)), "cosface": math.cos(theta) - m,
            "sphereface": math.cos(min(m * theta, math.pi))}
     gap = (3 if kind == "sphereface" else 10) * (own[kind] - math.sin(theta))
@@ -209,6 +208,28 @@ def test_margins_by_hand(kind, margin, theta):
     tolerance = 1e-5 if 0 < theta < math.pi else 1e-3  # the cosines are clamped to 1 - 1e-6
     assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
     assert torch.isfinite(torch.autograd.grad(value, embedding)[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["arcface", "cosface", "sphereface"])
+def test_finite_differences_of_the_margins(batch, kind):
+    embeddings, labels = batch
+    criterion = MarginLoss(kind, common.ClassMeans(4, 6).double(), None, 10.0)
+    at = embeddings.double().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x, _: criterion(x, labels), (at, criterion.proxies))
+
+
+@pytest.mark.parametrize(("flags", "made"), [
+    (["--alpha-deg", "50"], lambda head: lambda x, y: angular_loss(x, y, 50)),
+    (["--proxies", "--alpha-deg", "50"], lambda head: ProxyAngularLoss(head, 50)),
+    (["--loss", "cosface", "--margin", "0.3", "--scale", "5", "--label-smoothing", "0"],
+     lambda head: MarginLoss("cosface", head, 0.3, 5.0, 0.0))])
+def test_the_loss_is_made_as_the_arguments_say(batch, flags, made):
+    values = []
+    for make in (made, lambda head: part4_angular.make_criterion(
+            part4_angular.parse_args(flags), head)):
+        torch.manual_seed(0)  # of the proxies
+        values.append(make(common.ClassMeans(4, 6))(*batch).item())
+    assert values[0] == values[1]
 
 
 def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(small_photos, tiny_backbone):
@@ -266,6 +287,18 @@ def test_scale_is_the_best_on_the_embeddings_it_was_fitted_to():
     exact = head(embeddings)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head(embeddings), exact)
+    head.fit(5 * embeddings, labels)  # as after every epoch
+    assert torch.equal(head(embeddings), exact)
+
+
+@pytest.mark.parametrize("gap", [0.06, 0.3])
+def test_scale_by_hand(gap):
+    # two classes whose cosine is 1 - gap; the target is 0.95, so scale · gap = log(0.95 / 0.05)
+    angle = math.acos(1 - gap)
+    embeddings = torch.tensor([[1.0, 0], [math.cos(angle), math.sin(angle)]])
+    head = common.ClassMeans(2, 2)
+    head.fit(embeddings, torch.arange(2))
+    assert head.scale == round(math.log(19) / gap)  # 49 and 10
 
 
 def test_a_students_own_loss_keeps_its_name_and_is_asked_for():

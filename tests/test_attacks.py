@@ -105,6 +105,19 @@ def test_pgd_equals_plain_torch(small_model, batch):
     assert ((found - moved).abs() < 1e-6).float().mean() > 0.99  # a sign can hang on rounding
 
 
+def test_pgd_takes_ten_steps(small_model, batch):
+    images, labels = batch
+    found = common.pgd(small_model, images, labels, 8 / 255)
+    ten = common.pgd(small_model, images, labels, 8 / 255, steps=10)
+    assert ((found - ten).abs() < 1e-6).float().mean() > 0.99  # a sign can hang on rounding
+
+
+def test_unit_logits_have_a_deviation_of_one_in_every_image():
+    logits = torch.tensor([[0.0, 1, 2], [0, 100, 200], [3, -3, 0]])
+    expected = [[0, 1, 2], [0, 1, 2], [1, -1, 0]]  # the deviations are 1, 100 and 3
+    assert common.UnitLogits(torch.nn.Identity())(logits).tolist() == expected
+
+
 def test_pgd_is_bounded_and_stronger(small_model, batch):
     images, labels = batch
     eps = 8 / 255

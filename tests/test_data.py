@@ -249,6 +249,11 @@ def test_digits_are_sklearns_at_twice_the_size():
     assert (small.mean(1) - theirs[nearest].mean(1)).abs().max() < 3
     labels = torch.cat([data.train_labels, data.test_labels])
     assert labels.tolist() == bundled.target[nearest].tolist()
+    tested = nearest[len(data.train_labels):]
+    for c in range(10):  # every fifth
+        of_class = np.flatnonzero(bundled.target == c)
+        assert tested[data.test_labels == c].tolist() == of_class[::5].tolist()
+    assert (images[..., ::2] != images[..., 1::2]).any()  # interpolated
 
 
 @pytest.fixture

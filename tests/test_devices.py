@@ -122,6 +122,13 @@ def test_each_gpu_is_asked_for_its_own_precision(monkeypatch):
     assert found == ["bf16", "fp16", "bf16"]
 
 
+def test_float32_on_a_gpu_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    common.pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
     def measured_anew(device):
         raise AssertionError("measured anew")

@@ -118,6 +118,16 @@ def test_all_else_steps_as_torchs_sgd():
             assert torch.allclose(p, q, atol=1e-6)
 
 
+def test_weight_decay_is_not_of_the_convolutions():
+    weights = []
+    for decay in (0, 5):
+        convolution = network()[0]
+        convolution.weight.grad = convolution.weight.detach().cos()
+        muon.Muon(convolution, 0.1, 0.9, decay).step()
+        weights.append(convolution.weight.detach())
+    assert torch.equal(*weights)
+
+
 def test_a_step_is_lr_of_the_weights_whose_norm_is_kept():
     net = network()
     optimizer = muon.Muon(net, 0.05, 0.6, 0)

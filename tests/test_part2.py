@@ -5,6 +5,7 @@ import types
 
 import audit
 import common
+import comparison
 import datasets
 import part2_robustness
 import plots
@@ -129,6 +130,15 @@ def test_every_condition_is_that_of_its_own_images_and_the_true_labels(study):
         assert len(logits.argmax(1).unique()) >= 3  # a constant answer would hide everything
         accuracies.add(round(right.mean(), 2))
     assert len(accuracies) >= 5
+
+
+def test_every_condition_of_a_run_has_its_family(study):
+    families = {name: comparison.family_of(name) for name, _, _ in study.values}
+    expected = {"clean": "", "gaussian_noise": "noise", "rotation": "geometry",
+                "vertical_flip": "geometry", "cifar10c fog": "CIFAR-10-C"}
+    assert {name: families.pop(name) for name in expected} == expected
+    assert {"fgsm_unit", "pgd_unit", "random_sign", "worst_case_audit"} < families.keys()
+    assert set(families.values()) == {"attack"}
 
 
 def test_examples_are_one_image_of_each_class_at_the_largest_severity(study):

@@ -62,6 +62,13 @@ def test_every_image_has_its_own_randomness(name, photos):
 
 
 def test_there_are_four_families():
+    members = {family: " ".join(name for name in FAMILY if FAMILY[name] == family)
+               for family in FAMILY.values()}
+    assert members == {  # whoever moves one, moves it into or out of the training
+        "noise": "gaussian_noise shot_noise salt_and_pepper speckle_noise",
+        "blur": "gaussian_blur motion_blur pixelate jpeg",
+        "color": "brightness contrast saturation color_jitter grayscale posterize",
+        "geometry": "horizontal_flip vertical_flip rotation translation scale cutout"}
     assert FAMILY.keys() == PERTURBATIONS.keys()
     assert len(PERTURBATIONS) >= 16
     assert set(FAMILY.values()) == {"noise", "blur", "color", "geometry"}
@@ -384,6 +391,13 @@ def test_frozen_pixels_never_change(name):
     for severity in range(1, 2 if name in NO_SEVERITY else 6):
         found.update(common.perturb(images, name, severity).numpy().tobytes())
     assert found.hexdigest()[:16] == DIGESTS[name]
+
+
+def test_frozen_pixels_of_the_second_block_never_change():
+    images = whole_numbers()[:1].expand(501, -1, -1, -1)
+    first, last = common.perturb(images, "gaussian_noise", 3)[[0, 500]]
+    assert not torch.equal(first, last)  # each block has draws of its own
+    assert hashlib.sha256(last.numpy().tobytes()).hexdigest()[:16] == "e29c39e96ed9e264"
 
 
 PRINT_ALL = """

@@ -2,12 +2,14 @@
 
 import difflib
 import inspect
+import json
 import math
 from typing import NamedTuple
 
 import common
 import muon
 import part1_baseline
+import part2_robustness
 import part3_augmented
 import part4_angular
 import report
@@ -16,7 +18,7 @@ import summary
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tiny
+from conftest import ROOT, Tiny
 
 THEIR_OWN = {"families", "no_part2", "loss", "alpha_deg", "proxies", "margin", "scale", "augment",
              "shares", "command"}  # arguments
@@ -34,6 +36,35 @@ def test_every_part_has_part_1s_defaults(part, flags):
             assert ours[name] == value, name
     assert set(ours) - set(part1) <= THEIR_OWN
     assert ours["epochs"] <= 30
+
+
+@pytest.mark.parametrize(("part", "name"), [
+    (part1_baseline, "part1"), (part2_robustness, "part2"), (part3_augmented, "part3"),
+    (part4_angular, "part4")])
+def test_defaults_are_those_of_the_published_results(part, name):
+    path = ROOT / f"results/reference/seed1/{name}.json"
+    published = json.loads(path.read_text(encoding="utf-8"))["args"]
+    ours = vars(part.parse_args([]))
+    asked_for = {"dataset", "data_dir", "results_dir", "split_seed", "seed", "compile", "resume",
+                 "no_part2", "checkpoint", "severities"}
+    for argument in published.keys() & ours.keys() - asked_for:
+        assert json.loads(json.dumps(ours[argument])) == published[argument], argument
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_seed_is_of_the_weights_and_of_all_that_is_drawn(seed):
+    generator = common.seed_everything(seed, torch.device("cpu"))
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.rand(3, generator=generator), expected)
+
+
+def test_a_step_forgets_the_gradients_of_the_step_before():
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    for _ in range(2):
+        common.Amp("off", torch.device("cpu")).step(3 * weight, optimizer)
+    assert weight.item() == pytest.approx(1 - 0.3 - 0.3)
 
 
 PART3 = """\

@@ -54,6 +54,13 @@ def test_paired_difference_against_scipy():
     assert found.mean == pytest.approx((ours - theirs).mean()) and found.n == 5
 
 
+def test_a_small_spread_is_a_spread():
+    gains = np.array([1e-5, 2e-5, 4e-5])
+    found = metrics.paired_difference(0.7 + gains, np.full(3, 0.7))
+    assert found.p_value == pytest.approx(ttest_rel(0.7 + gains, np.full(3, 0.7)).pvalue, rel=1e-6)
+    assert math.isfinite(found.low)
+
+
 def test_paired_difference_by_hand():
     found = metrics.paired_difference([0.716, 0.72, 0.724], [0.7, 0.7, 0.7])  # 2 points, sd 0.4
     half = 4.302653 * 0.004 / math.sqrt(3)

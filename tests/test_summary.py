@@ -20,7 +20,7 @@ from arguments import UsageError
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 
 N = 1000  # images of every made accuracy
 CLEAN = ("test", "clean", "")
@@ -127,6 +127,16 @@ def test_means_by_hand(tmp_path):
         assert f"Perturbed, 55.0 % in the mean; least under {least}." in text
 
 
+def test_cifar10c_does_not_count_in_the_means(tmp_path):
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.8})
+    write(run_of(tmp_path, "part2", "part1"),
+          perturbed(rotation=0.5, jpeg=0.6) | {("test", "cifar10c fog", "3"): 0.1})
+    found = lines_of(tmp_path)
+    assert found["cifar10c fog (CIFAR-10-C)"]["part1"] == 0.1
+    assert found[comparison.ALL_PERTURBED]["part1"] == pytest.approx(0.55)
+    assert found["mPC relative to clean"]["part1"] == pytest.approx(0.55 / 0.8)
+
+
 def test_severities_are_averaged_before_perturbations(tmp_path):
     levels = {"part1": (0.9, 0.6, 0.3), "part3": (0.8, 0.8, 0.5)}  # means 0.6 and 0.7
     for name, part, weights in (("part2", "part1", A), ("part3_robustness", "part3", B)):
@@ -218,16 +228,26 @@ def test_a_parts_own_table_counts_before_part_2_on_it(tmp_path):
 def test_every_reference_has_its_rows(tmp_path):
     for part, weights, accuracy in (("part1", A, 0.5), ("part3", B, 0.8),
                                     ("part3_crop_flip", C, 0.7), ("part4_augmented", "d" * 12, 0.7),
-                                    ("part4_proxies", "e" * 12, 0.6)):
+                                    ("part4_proxies", "e" * 12, 0.6), ("part4", "f" * 12, 0.6),
+                                    ("part4_proxies_augmented", "0" * 12, 0.6)):
         write(run_of(tmp_path, part, part, weights), {CLEAN: accuracy})
     summary.compare(tmp_path)
     with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
         found = {(row["part"], row["reference"]): row for row in csv.DictReader(file)}
     assert set(found) == {("part1", ""), ("part3", "part1"), ("part3", "part3_crop_flip"),
                           ("part3_crop_flip", "part1"), ("part4_augmented", "part3"),
-                          ("part4_proxies", "part1")}
+                          ("part4_proxies", "part1"), ("part4", "part1"),
+                          ("part4_proxies_augmented", "part3")}
     assert found["part4_augmented", "part3"]["verdict"] == "worse"
     assert float(found["part3", "part3_crop_flip"]["difference"]) == pytest.approx(0.1)
+
+
+def test_rows_have_the_interval_of_their_own_accuracy(tmp_path):
+    two_parts(tmp_path, {"rotation": 0.65}, {"rotation": 0.5})
+    row = verdicts_of(tmp_path)["rotation", "3"]
+    expected = binomtest(650, N).proportion_ci(method="wilson")
+    assert float(row["ci_low"]) == pytest.approx(expected.low, abs=1e-5)
+    assert float(row["ci_high"]) == pytest.approx(expected.high, abs=1e-5)
 
 
 def test_attacks_have_no_verdict_of_one_network_and_stand_with_their_n(tmp_path):
@@ -284,6 +304,15 @@ def test_seen_families_are_those_that_part_3_trained_on(tmp_path):
     assert "part3 (augmented: color)" in text_of(tmp_path)
 
 
+def test_crop_and_flip_train_on_what_they_do_whatever_the_families(tmp_path):
+    made = {"horizontal_flip": 0.6, "translation": 0.8, "rotation": 0.5}
+    two_parts(tmp_path, made, made)
+    write(run_of(tmp_path, "part3", "part3", B, families=["noise"]), {CLEAN: 0.7})
+    found = lines_of(tmp_path)
+    assert found[comparison.SEEN]["part3"] == pytest.approx(0.7)
+    assert found[comparison.HELD_OUT]["part3"] == 0.5
+
+
 def test_the_generalization_gap_and_the_actual_share_are_said(tmp_path):
     write(run_of(tmp_path, "part1", "part1", train_fraction=0.05),
           {("train", "clean", ""): 1.0, CLEAN: 0.7})
@@ -293,6 +322,16 @@ def test_the_generalization_gap_and_the_actual_share_are_said(tmp_path):
     assert "| generalization gap (training - test) | 30.0 |" in text
     assert "a generalization gap of 30.0 points | **this network: supported** |" in text
     assert "fifth" not in text
+
+
+@pytest.mark.parametrize(("train", "test", "verdict"), [
+    (0.78, 0.7, "supported"), (0.73, 0.7, "not resolved"), (0.67, 0.7, "not resolved"),
+    (0.62, 0.7, "contradicted")])
+def test_the_gap_is_claimed_where_the_intervals_do_not_meet(tmp_path, train, test, verdict):
+    """Of 1,000 images: 70 % is 67.1 to 72.8, 73 % is 70.2 to 75.7."""
+    write(run_of(tmp_path, "part1", "part1"), {("train", "clean", ""): train, CLEAN: test})
+    [line] = [line for line in text_of(tmp_path).splitlines() if "on its training images" in line]
+    assert f"| **this network: {verdict}** |" in line
 
 
 def test_every_differing_argument_is_named(tmp_path):
@@ -317,6 +356,24 @@ def test_claims_are_of_this_network_and_open_the_summary(tmp_path):
     assert verdicts[start + claims.CLAIMED[comparison.HELD_OUT]] == "**this network: contradicted**"
 
 
+def test_p_values_of_claims_are_corrected_over_the_two_means(tmp_path):
+    two_parts(tmp_path, {"rotation": 0.505, "jpeg": 0.603}, {"rotation": 0.5, "jpeg": 0.6})
+    write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.704})
+    ours, theirs = (1.0 * (np.arange(N) < count)
+                    for count in (np.array([[505], [603]]), np.array([[500], [600]])))
+    seen, held_out = ttest_rel(ours, theirs, axis=1).pvalue
+    assert seen < held_out
+    lines = [line for line in text_of(tmp_path).splitlines() if "more accurate than part1" in line]
+    for line, p_value in zip(lines, (2 * 0.5**4, 2 * seen, held_out), strict=True):
+        assert f", p {claims.probability(p_value)} |" in line  # 4 images of McNemar's
+
+
+@pytest.mark.parametrize(("p_value", "said"), [
+    (0.00099, "< 0.001"), (0.001, "= 0.001"), (0.0049, "= 0.0049"), (0.24, "= 0.24")])
+def test_p_values_in_words(p_value, said):
+    assert claims.probability(p_value) == said
+
+
 def test_interval_of_a_claim_against_the_formula_for_paired_proportions(tmp_path):
     two_parts(tmp_path, {"rotation": 0.65}, {"rotation": 0.5})  # 150 images gained, none lost
     half = 1.96 * np.sqrt(0.15 - 0.15**2) / np.sqrt(N)
@@ -329,6 +386,7 @@ def test_attacks_are_claimed_against_the_largest_class(tmp_path):
     write(run, {CLEAN: 0.7}, extra=[("accuracy of cat", 0.9), ("accuracy of dog", 0.2)])
     rows = report.read_table(tmp_path / "part1.csv")
     rows[-1]["n"] = 250  # dogs, and 1,000 cats
+    rows += [row | {"split": "evaluation", "n": 4000} for row in rows[-2:]]  # these do not count
     report.write_rows(tmp_path / "part1.csv", rows)
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
     line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
@@ -339,7 +397,8 @@ def test_attacks_are_claimed_against_the_largest_class(tmp_path):
 def test_attacks_are_claimed_against_guessing_and_audits_are_counted(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
     audits = [("audit: eps 0 equals clean", 1.0), ("audit: PGD is stronger", 0.0)]
-    for accuracy, expected in ((0.4, "supported"), (0.6, "contradicted"), (0.5, "not resolved")):
+    for accuracy, expected in ((0.4, "supported"), (0.6, "contradicted"), (0.48, "not resolved"),
+                               (0.52, "not resolved")):  # their intervals reach 50 %
         write(run_of(tmp_path, "part2", "part1"), perturbed(fgsm=0.7, worst_case=accuracy),
               extra=audits)
         text = text_of(tmp_path)
@@ -440,8 +499,16 @@ def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, ke
 def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
     two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
     run = run_of(tmp_path, "part3_robustness", "part3", B)
-    report.write_correct(run, {"test/rotation/3": np.arange(N) < 611}, A)
+    report.write_correct(run, {"test/rotation/3": np.arange(N) < 601}, A)
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
+
+
+def test_a_parts_own_images_count_before_part_2s(tmp_path):
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
+    write(run_of(tmp_path, "part2", "part1"), {CLEAN: 0.7} | perturbed(rotation=0.5), order=9)
+    right = comparison.read_study(tmp_path).parts["part1"].correct
+    assert np.array_equal(right["test/clean/"], np.arange(N) < 700)
+    assert not np.array_equal(right["test/rotation/3"], np.arange(N) < 500)
 
 
 def test_different_splits_and_data_sets_are_never_mixed(tmp_path):
@@ -682,6 +749,42 @@ def test_what_perturbations_cost_is_one_quantity_for_one_and_for_several_trainin
     assert re.search(r"Perturbations cost part1 \(cross-entropy\) accuracy \| \+30\.0 points", text)
 
 
+def test_what_perturbations_cost_counts_every_perturbation_once(tmp_path):
+    """Rotation has three severities, grayscale none: 0.9 - ((0.8 + 0.7 + 0.6) / 3 + 0.3) / 2."""
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.9})
+    rotations = {("test", "rotation", s): 0.9 - int(s) / 10 for s in "123"}
+    write(run_of(tmp_path, "part2", "part1"), rotations | {("test", "grayscale", ""): 0.3})
+    assert "accuracy | +40.0 points" in text_of(tmp_path)
+
+
+def test_what_several_trainings_say_of_part_1_alone(tmp_path):
+    costs = {"training images": (0.04, 0.05, 0.06), "Perturbations": (0.1, 0.11, 0.12)}
+    folders = [training(tmp_path, seed, {("train", "clean", ""): 0.7 + gap, CLEAN: 0.7}
+                        | perturbed(rotation=0.7 - loss))
+               for seed, (gap, loss) in enumerate(zip(*costs.values(), strict=True))]
+    trainings.compare_trainings(folders)
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    gap, loss = (ttest_rel(values, (0, 0, 0)).pvalue for values in costs.values())
+    assert loss < gap  # so that Holm doubles it
+    for what, mean, p_value in (("training images", "+5.0", gap),
+                                ("Perturbations", "+11.0", 2 * loss)):
+        [line] = [line for line in text.splitlines() if what in line and "n = 3 trainings" in line]
+        assert f"| {mean} points" in line and f"p {claims.probability(p_value)} " in line
+        assert "| **supported** |" in line
+
+
+def test_only_what_compares_is_tested_and_corrected_for(tmp_path):
+    folders = []
+    for seed, gain in enumerate((0.016, 0.020, 0.024)):
+        one = {("train", "clean", ""): 0.9, CLEAN: 0.7} | perturbed(rotation=0.5)
+        folders.append(training(tmp_path, seed, one, {key: v + gain for key, v in one.items()}))
+    rows = method(tmp_path, folders)
+    tested = {line for (line, part), row in rows.items() if part == "part3" and row["reference"]}
+    assert tested == {"test set", "rotation (geometry)", comparison.SEEN, comparison.ALL_PERTURBED}
+    alone = metrics.paired_difference([0.716, 0.720, 0.724], [0.7, 0.7, 0.7])
+    assert float(rows["test set", "part3"]["p_holm"]) == pytest.approx(alone.p_value, rel=1e-4)
+
+
 @pytest.mark.parametrize("again", [(0.202, 0.153, 0.018, 0.006), (0.16, 0.19, 0.007, 0.012)])
 def test_two_trainings_of_one_recipe_give_no_verdict(tmp_path, again):
     """The case of what one seed moves: under FGSM at 2/255 15.3 and 20.2 %, at 8/255 0.6 and 1.8.
@@ -744,10 +847,12 @@ def test_means_over_trainings_are_over_conditions_that_all_have(tmp_path):
     assert float(row["mean"]) == pytest.approx(0.55)
 
 
-def test_trainings_that_differ_in_an_argument_are_refused(tmp_path):
-    folders = [training(tmp_path, 0, {CLEAN: 1.0}, epochs=1),
-               training(tmp_path, 1, {CLEAN: 0.5}, epochs=6)]
-    with pytest.raises(UsageError, match="part1 has --epochs 1 in .*seed0 and 6 in .*seed1"):
+@pytest.mark.parametrize(("name", "flag"), [("epochs", "--epochs"), ("batch_size", "--batch-size"),
+                                            ("lr", "--lr"), ("train_fraction", "--train-fraction")])
+def test_trainings_that_differ_in_an_argument_are_refused(tmp_path, name, flag):
+    folders = [training(tmp_path, 0, {CLEAN: 1.0}, **{name: 1}),
+               training(tmp_path, 1, {CLEAN: 0.5}, **{name: 6})]
+    with pytest.raises(UsageError, match=f"part1 has {flag} 1 in .*seed0 and 6 in .*seed1"):
         trainings.compare_trainings(folders)
 
 

@@ -12,6 +12,7 @@ import time
 
 import checkpoints
 import common
+import part4_angular
 import report
 from arguments import RunError, UsageError
 
@@ -217,6 +218,18 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
     assert said in out
     assert out.count("\n") == bool(said)
     assert path.read_bytes() == before
+
+
+def test_whatever_changes_a_training_is_in_its_identity():
+    values = vars(part4_angular.parse_args([]))
+    del values["command"]
+    same = checkpoints.identity(values, "off", CPU, "abc")
+    without_effect = {name for name in values
+                      if checkpoints.identity(values | {name: "x"}, "off", CPU, "abc") == same}
+    assert without_effect == {"amp", "device", "data_dir", "results_dir", "resume", "umap_points",
+                              "no_umap", "no_part2"}
+    for other in (("bf16", CPU, "abc"), ("off", torch.device("cuda"), "abc"), ("off", CPU, "abd")):
+        assert checkpoints.identity(values, *other) != same  # what --amp and --device came to
 
 
 def test_other_shares_are_not_resumed(tmp_path):
