@@ -301,6 +301,17 @@ def test_scale_by_hand(gap):
     assert head.scale == round(math.log(19) / gap)  # 49 and 10
 
 
+@pytest.mark.parametrize(("flags", "name", "label"), [
+    ([], "part4", "Angular"), (["--augment"], "part4_augmented", "Angular, augmented"),
+    (["--proxies"], "part4_proxies", "Angular + proxies"),
+    (["--proxies", "--augment"], "part4_proxies_augmented", "Angular + proxies, augmented"),
+    (["--loss", "cosface", "--augment"], "part4_augmented", "CosFace, augmented")])
+def test_a_model_is_called_what_it_was_trained_with(flags, name, label):
+    args = part4_angular.parse_args(flags)
+    assert part4_angular.part_name(args) == name
+    assert report.label(name, vars(args)) == label
+
+
 def test_a_students_own_loss_keeps_its_name_and_is_asked_for():
     assert report.label("part4", {"loss": "triplet"}) == "triplet"
     assert report.label("part4_augmented", {"loss": "triplet"}) == "triplet, augmented"

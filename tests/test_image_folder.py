@@ -195,6 +195,18 @@ ALPHA = {  # black of alpha 51, a fifth, on white is 204; of alpha 0, white
 }
 
 
+def bitmap(pixel):
+    """A BMP of one BGRA pixel whose header says where each of the four bytes is."""
+    masks = 0xFF0000, 0xFF00, 0xFF, 0xFF000000
+    header = struct.pack("<IiiHHIIiiII4I", 56, 1, 1, 1, 32, 3, 4, 0, 0, 0, 0, *masks)
+    return b"BM" + struct.pack("<IHHI", 74, 0, 0, 70) + header + bytes(pixel)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, [10, 20, 30]), (51, [206, 208, 210])])
+def test_the_fourth_byte_of_a_bitmap_is_alpha_if_it_is_used(alpha, expected, tmp_path):
+    assert row(bitmap([30, 20, 10, alpha]), tmp_path, 1) == [expected]  # a fifth, on white
+
+
 def test_a_fourth_byte_that_is_not_used_is_no_alpha(tmp_path):
     image = encoded(Image.new("RGBA", (32, 32), (10, 20, 30, 0)), "TGA")
     assert (read(image, tmp_path) == (10, 20, 30)).all()

@@ -2,6 +2,7 @@
 
 import copy
 import types
+from dataclasses import replace
 
 import audit
 import common
@@ -10,6 +11,7 @@ import datasets
 import part2_robustness
 import plots
 import summary
+from arguments import UsageError
 
 import numpy as np
 import pytest
@@ -60,16 +62,16 @@ def study(tmp_path_factory):
     data = common.load_data("digits", "", CPU)
     fog = common.perturb(data.test_images, "gaussian_blur", 2)  # in a published corruption's place
     published = datasets.Corrupted("cifar10c fog", "2", fog.numpy(), data.test_labels.numpy())
-    examples = []
+    shown = {}  # file name -> what it was drawn from
     maps = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("torchvision.models.resnet18", Tiny)
         monkeypatch.setattr(datasets, "cifar10c", lambda *_: ("hash", [published]))
         monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy())
-        monkeypatch.setattr(plots, "examples", lambda path, rows, *_: examples.append(rows))
         monkeypatch.setattr(plots, "umap", lambda path, *drawn: maps.append(drawn))
-        for name in ("severities", "attack"):
-            monkeypatch.setattr(plots, name, lambda *_: None)
+        for name in ("severities", "attack", "examples"):
+            monkeypatch.setattr(plots, name,
+                                lambda path, *drawn: shown.__setitem__(path.name, drawn))
         monkeypatch.setattr(summary, "compare", lambda _: None)
         model = fitted(data)
         split = common.split_data(data, 0.2, 0)
@@ -88,7 +90,7 @@ def study(tmp_path_factory):
     return types.SimpleNamespace(
         model=model, images=data.test_images, labels=data.test_labels, fog=fog, right=right,
         values=values, attacked=spread(len(data.test_labels), ATTACKED), panels=panels, run=run,
-        perturbed_examples=examples[0])
+        shown=shown, perturbed_examples=shown["part2_examples.png"][0])
 
 
 def spread(total, n):
@@ -173,6 +175,46 @@ def test_each_attack_climbs_the_loss_of_its_own_labels(study):
     assert reached > 0.2
     assert study.values["fgsm_targeted", "16", "target class reached"] == pytest.approx(
         reached, abs=1.01 / ATTACKED)
+
+
+def test_conditions_of_other_files_of_cifar10c_are_not_gone_on_with(study, tmp_path):
+    run = replace(study.run, folder=tmp_path, versions={})
+    args = types.SimpleNamespace(resume=True, umap_points=POINTS)
+    begun = part2_robustness.finished_before(args, run, "a" * 12)
+    begun.add(("cifar10c fog", "2"), (torch.zeros(3), 0.5, None))
+    assert run.versions == {"CIFAR-10-C": "a" * 12}  # for the record, which comparisons ask
+    assert part2_robustness.finished_before(args, run, "a" * 12).values
+    with pytest.raises(UsageError, match="--cifar10c with the files"):
+        part2_robustness.finished_before(args, run, "b" * 12)
+
+
+def test_pictures_of_attacks_are_of_attacked_images_and_captions_say_what_is_shown(study):
+    attacked, _, what = study.shown["part2_adversarial.png"]
+    clean, truth = study.images[study.attacked] / 255, study.labels[study.attacked]
+    shown = [int((clean - image).abs().sum((1, 2, 3)).argmin()) for image in attacked[0][1]]
+    assert truth[shown].tolist() == list(range(10))
+    for (title, images), eps in zip(attacked, (0, 2, 8, 16), strict=True):
+        assert title == f"FGSM {eps}/255"
+        apart = (images - moved(study, truth, eps)[shown]).abs() > 1e-6
+        assert apart.float().mean() < 0.001  # where a gradient is 0 but for rounding
+    assert what == "FGSM: attacked images"
+    assert study.shown["part2_examples.png"][2] == "Perturbations at severity 5"
+    failed = [metric.removeprefix("audit: ") for (_, _, metric), value in study.values.items()
+              if metric.startswith("audit: ") and value == 0]
+    assert study.shown["part2_fgsm.png"][2:] == ("inf", failed)
+
+
+@pytest.mark.parametrize(("norm", "order"), [("inf", np.inf), ("2", 2)])
+def test_random_noise_is_as_large_as_the_attack(study, norm, order):
+    args = part2_robustness.parse_args(["--norm", norm])
+    images = study.images[:4] / 255
+    clean = logits_of(study.model, images)
+    names = audit.attack_names(norm)
+    noise = part2_robustness.make_directions(args, names, study.model, images, study.labels[:4],
+                                             clean, None)[names.random].flatten(1)
+    assert torch.allclose(noise.norm(order, dim=1), torch.ones(4))
+    if norm == "inf":
+        assert (noise.abs() == 1).all()
 
 
 def test_attacks_are_in_float32_also_after_a_training_in_bf16(study):

@@ -15,6 +15,7 @@ import torch
 from matplotlib.collections import PathCollection
 from matplotlib.text import Text
 from PIL import Image
+from scipy.stats import binomtest
 
 ANIMALS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay"]
 ODD = [
@@ -455,6 +456,75 @@ def test_many_classes_stay_readable(classes, tmp_path, drawn):
 # ---- each figure ----
 
 
+def legend_of(figure):
+    """[(label, colour)] of a figure's legend."""
+    legend = figure.legends[0]
+    colors = [matplotlib.colors.to_rgba_array(h.get_color())[0] for h in legend.legend_handles]
+    return [(text.get_text(), matplotlib.colors.to_hex(color).upper())
+            for text, color in zip(legend.get_texts(), colors, strict=True)]
+
+
+def test_every_legend_names_what_has_its_colour(every_figure):
+    _, drawn, _ = every_figure
+    found = {name[:-4]: legend_of(figure) for name, (figure, _) in drawn.items() if figure.legends}
+    gray = plots.NEUTRAL
+    assert found["history"] == [("training batches", gray), (
+        "500 evaluation images, averaged weights", plots.PART_COLORS["part3"])]
+    assert found["umap"] == list(zip(ANIMALS, plots.CLASS_COLORS, strict=True))
+    assert found["severities"] == [("clean", gray), ("without severity", gray)] + [
+        (f"severity {s}", plots.SEVERITY_COLORS[s]) for s in "135"]
+    assert found["attack"] == [
+        (f"{look.label}, n = {'100' if look.label == 'PGD' else '2,000'}", look.color)
+        for look in plots.ATTACK.values()]
+    assert found["comparison"] == [(f"Part {part[4]} (augmented)", color)
+                                   for part, color in plots.PART_COLORS.items()]
+
+
+def test_the_numbers_of_a_confusion_matrix_stand_in_their_cells(tmp_path, drawn):
+    labels = [0] * 8 + [1] * 2
+    predicted = [0] * 6 + [1] * 4  # 75 and 100 % of the classes, 80 % of the images
+    plots.confusion(tmp_path / "x.png", predicted, labels, run_of(["ant", "bee"]))
+    figure, caption = drawn["x.png"]
+    axes = figure.axes[0]
+    assert {t.get_position(): t.get_text() for t in axes.texts} == {
+        (0, 0): "75", (1, 0): "25", (1, 1): "100"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert "80.0 % are right" in caption
+
+
+def test_a_confusion_matrix_of_many_classes_names_the_rows_and_columns_it_marks(tmp_path, drawn):
+    names = [f"class {c}" for c in range(50)]
+    plots.confusion(tmp_path / "x.png", *predictions(50), run_of(names))
+    axes = drawn["x.png"][0].axes[0]
+    for ticks, labels in ((axes.get_xticks(), axes.get_xticklabels()),
+                          (axes.get_yticks(), axes.get_yticklabels())):
+        assert [t.get_text() for t in labels] == [names[tick] for tick in ticks] == names[::2]
+
+
+def test_every_panel_of_a_umap_has_its_own_title_and_names(tmp_path, drawn):
+    points = np.repeat([[0.0, 0.0], [10.0, 10.0]], 9, 0)
+    labels = np.repeat([0, 1], 9)
+    shown = [plots.Panel("first", points, labels), plots.Panel("second", points, 1 - labels)]
+    plots.umap(tmp_path / "x.png", shown, run_of(["one", "two"]))
+    found = {}
+    for axes in drawn["x.png"][0].axes:
+        from_left = sorted(axes.texts, key=lambda t: t.get_position()[0])
+        found[axes.get_title()] = [t.get_text() for t in from_left]
+    assert found == {"first": ["one", "two"], "second": ["two", "one"]}
+
+
+def test_a_umap_of_many_classes_leaves_out_no_point_and_names_those_it_shows(tmp_path, drawn):
+    for classes, named in ((20, range(20)), (30, (0, 3, 6, 10, 13, 16, 19, 23, 26, 29))):
+        plots.umap(tmp_path / f"{classes}.png", panels(classes, 1),
+                   run_of([f"class {c}" for c in range(classes)]))
+        axes = drawn[f"{classes}.png"][0].axes[0]
+        assert [t.get_text() for t in axes.texts] == [f"class {c}" for c in named]
+        assert sum(len(dots.get_offsets()) for dots in axes.findobj(PathCollection)) == 300
+    looks = {(h.get_color(), h.get_marker())
+             for h in drawn["20.png"][0].legends[0].legend_handles}
+    assert len(looks) == 20
+
+
 def test_the_confusion_matrix_scales_errors_on_their_own(tmp_path, drawn):
     predicted, labels = predictions(10)
     plots.confusion(tmp_path / "x.png", torch.tensor(predicted), torch.tensor(labels), run_of())
@@ -552,6 +622,20 @@ def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, 
     assert (heights.min(), heights.max()) == pytest.approx((35.8, 44.4), abs=0.05)
 
 
+def test_every_curve_of_a_training_stands_at_its_epochs(tmp_path, drawn):
+    run = run_of()
+    run.sizes = {"training": 300, "evaluation": 1200, "test": 300}  # 0.3 * 300 // 5 are watched
+    plots.history(tmp_path / "x.png", [h | {"eval_accuracy": 0.5} for h in HISTORY], run)
+    left, right = drawn["x.png"][0].axes
+    assert [list(line.get_xdata()) for line in (*left.lines, *right.lines)] == 3 * [[1, 2, 3, 4]]
+    band = right.collections[0].get_paths()[0].vertices
+    expected = binomtest(9, 18).proportion_ci(method="wilson")
+    assert (band[:, 0].min(), band[:, 0].max()) == (1, 4)
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx(
+        (100 * expected.low, 100 * expected.high), abs=1e-3)
+    assert (left.get_ylabel(), left.get_xlabel()) == ("training loss", "epoch")
+
+
 def intervals(axes):
     """The ends of all intervals: for each curve an array (n, 2 ends, 2 coordinates)."""
     return [np.array(bars.get_segments()) for c in axes.containers for bars in c.lines[2]]
@@ -579,6 +663,36 @@ def test_severities_stand_under_their_family_with_their_intervals(tmp_path, draw
     for severity, value in (("1", 75), ("3", 65), ("5", 55)):
         assert values[plots.SEVERITY_COLORS[severity]] == pytest.approx([value])
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [90]
+
+
+ATTACK_TEXTS = {"FGSM": "fgsm", "FGSM, predicted labels": "fgsm_predicted",
+                "FGSM, least likely class": "fgsm_targeted",
+                "FGSM, made on part 1": "fgsm_from_part1", "PGD": "pgd",
+                "worst of its own one-step attacks": "worst_case",
+                "random noise of the same size": "random_sign"}
+
+
+def test_every_attack_is_drawn_from_its_own_rows_at_its_own_eps(tmp_path, drawn):
+    values = {name: 0.1 * (i + 1) for i, name in enumerate(ATTACKS)}
+    rows = [row("fgsm", eps, values["fgsm"]) for eps in ("0", "2", "16")]
+    rows += [row(name, eps, value) for name, value in values.items() if name != "fgsm"
+             for eps in ("4", "16")]
+    plots.attack(tmp_path / "x.png", rows, run_of(), "inf", [])
+    figure, _ = drawn["x.png"]
+    texts_of = {color: text.split(", n =")[0] for text, color in legend_of(figure)}
+    for curve in figure.axes[0].containers:
+        dots = curve.lines[0]
+        name = ATTACK_TEXTS[texts_of[dots.get_color().upper()]]
+        assert set(dots.get_ydata()) == {100 * values[name]}
+        assert list(dots.get_xdata()) == ([0, 1, 3] if name == "fgsm" else [2, 3])  # of 0 2 4 16
+
+
+def test_no_attack_is_beyond_the_end_of_the_axis(tmp_path, drawn):
+    rows = [row("fgsm", "0", 0.7), row("fgsm", "8", 0.4), row("pgd", "8", 0.1)]
+    plots.attack(tmp_path / "x.png", rows, run_of(), "inf", [])
+    axes = drawn["x.png"][0].axes[0]
+    low, high = axes.get_ylim()
+    assert low < 8 and high > 73  # the ends of the intervals
 
 
 @pytest.mark.parametrize("norm, name", [("inf", "L∞"), ("2", "L2")])
@@ -680,6 +794,33 @@ def test_the_comparison_is_landscape_and_shows_every_model_with_intervals(tmp_pa
         np.testing.assert_allclose(curve.lines[0].get_ydata(), expected)
     assert "n = 2,000" in caption and "1, 3, 5" in caption
     assert "Part 4 (Angular, proxies, augmented)" in words(figure)
+
+
+def test_the_comparison_draws_every_mean_on_its_own_line_and_counts_its_images(tmp_path, drawn):
+    number = {"fgsm": 500, "clean": 2000}
+    rows = [r | {"n": number.get(r["condition"], 1000)} for r in table(("part1", "part3"))
+            if (r["part"], r["condition"]) != ("part1", "jpeg")]
+    plots.comparison(tmp_path / "x.png", rows, {"part1": "a", "part3": "b"})
+    figure, caption = drawn["x.png"]
+    assert "test images, n = 1,000 to 2,000 (FGSM: n = 500;" in caption
+    assert figure.axes[2].get_xlabel() == "eps (1/255, L∞ norm)"
+    for axes in figure.axes[:2]:
+        labels = [t.get_text() for t in axes.get_yticklabels()]
+        assert axes.get_xlabel() == "test accuracy (%)"
+        for part, dots in zip(("part1", "part3"), axes.containers, strict=True):
+            tested = {r["condition"].replace("_", " ") for r in rows if r["part"] == part}
+            lines = np.round(dots.lines[0].get_ydata()).astype(int)
+            assert [labels[y] for y in lines] == [text for text in labels if text in tested]
+
+
+@pytest.mark.parametrize(("notes", "heading"), [
+    ({"rotation": "no", "scale": "no"}, "Geometry, held out"),
+    ({"rotation": "no", "translation": "yes"}, "Geometry")])  # trained on with any --families
+def test_held_out_is_a_family_of_which_part_3_saw_nothing(notes, heading, tmp_path, drawn):
+    rows = [row(name, "3") | {"accuracy": 0.5, "family": "geometry", "dataset": "toys",
+                              "in_part3_training": note} for name, note in notes.items()]
+    plots.comparison(tmp_path / "x.png", rows, {"part3": "augmented"})
+    assert heading in [t.get_text() for t in drawn["x.png"][0].axes[0].get_yticklabels()]
 
 
 def test_severities_of_cifar10c_are_not_said_of_ours(tmp_path, drawn):

@@ -1,15 +1,17 @@
 """What a part reports, against scikit-learn or values worked by hand."""
 
 import types
+from dataclasses import replace
 
 import common
 import plots
 import report
 
+import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.metrics import accuracy_score, confusion_matrix, silhouette_score
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
@@ -94,3 +96,67 @@ def test_figures_show_the_evaluation_accuracy_and_the_tests_confusion(tmp_path, 
     run = run_of(tmp_path, {"training": 6, "evaluation": 6, "test": 6})
     report.finish(run, common.Model(outputs=3), predictions, [], 0)
     assert shown == [0.5, [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 2]]
+
+
+def test_calibration_is_of_the_split_in_its_row():
+    labels = torch.arange(3).repeat(4)
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    sure = {"train": 0 * labels, "evaluation": labels, "test": (labels + 1) % 3}
+    predictions = {split: common.Prediction(50 * torch.eye(3)[predicted], features, labels)
+                   for split, predicted in sure.items()}  # a third, all and none are right
+    rows = report.clean_rows(run_of(None, {"test": 12}), predictions, 0)
+    found = {row["split"]: row["value"] for row in rows if row["metric"] == "calibration_error"}
+    assert found == pytest.approx({"evaluation": 0, "test": 1})
+
+
+def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tiny_backbone):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(4)
+    predictions = {split: common.Prediction(
+        torch.randn(12, 3, generator=generator),
+        spread * torch.eye(3)[labels] + torch.randn(12, 3, generator=generator), labels)
+        for split, spread in (("train", 1), ("evaluation", 5), ("test", 1))}
+    shown = []
+    for name in ("history", "confusion"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+    monkeypatch.setattr(report, "draw_umap", lambda run, panels, _: shown.extend(panels))
+    run = run_of(tmp_path, {"training": 12, "evaluation": 12, "test": 12})
+    rows = report.finish(run, common.Model(outputs=3), predictions, [], 0)
+    assert [panel.title for panel in shown] == ["evaluation split, clean", "test set, clean"]
+    some = np.linspace(0, 11, 10).round()
+    widths = {row["split"]: row["value"] for row in rows if row["metric"].startswith("silhouette")}
+    for split in ("evaluation", "test"):
+        logits, features, _ = predictions[split]
+        images = report.read_correct(tmp_path, "part1").images[f"{split}/clean/"]
+        assert images.tolist() == (logits.argmax(1) == labels).tolist()
+        assert widths[split] == pytest.approx(silhouette_score(features[some], labels[some]))
+
+
+def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy())
+    monkeypatch.setattr(plots, "umap", lambda *_: None)
+    run = run_of(tmp_path, {})
+    run = replace(run, args=run.args | {"no_umap": False, "seed": 0})
+    features, labels = torch.arange(10.0).view(5, 2), torch.tensor([3, 1, 4, 1, 5])
+    panels = [report.Panel(title, "test", title, "", features[some], labels[some], features[some])
+              for title, some in (("clean", slice(0, 3)), ("noise", slice(3, 5)))]
+    report.draw_umap(run, panels, 4 * [{"metric": "2-NN", "value": 0.5}])
+    with np.load(tmp_path / "part1_umap.npz") as file:
+        assert file["panel"].tolist() == 3 * ["clean"] + 2 * ["noise"]
+        assert file["label"].tolist() == labels.tolist()
+        assert np.array_equal(file["coordinates"], features)
+
+
+def test_printed_accuracies_have_their_interval_and_n(capsys):
+    predicted = torch.arange(1000) >= 700
+    run = run_of(None, {})
+    row = report.accuracy_row(run, "test", "rotation", 3, "own", predicted, torch.zeros(1000))
+    report.print_accuracies("title", [row])
+    line = " ".join(capsys.readouterr().out.splitlines()[-1].split())
+    assert line == "rotation 3 test own 70.0 67.1 - 72.8 1000"  # Wilson's interval
+
+
+@pytest.mark.parametrize(("seconds", "said"), [
+    (99, "99 s"), (150, "2 min"), (5400, "90 min"), (9000, "2.5 h")])
+def test_a_duration_is_said_in_the_unit_of_a_person(seconds, said):
+    assert report.duration(seconds) == said

@@ -168,3 +168,9 @@ def test_a_part_1_of_another_split_lends_no_adversarial_images(mine, monkeypatch
     assert "is of another part, data set or split" in capsys.readouterr().out
     with pytest.raises(UsageError):
         common.load_checkpoint(mine / "part9.pt", "cpu")
+
+
+def test_images_right_are_kept_with_the_part_1_that_lent_its_adversarial_images(mine):
+    assert call("part2_robustness", on_checkpoint(mine / "part3.pt", mine))[0] == 0
+    found = [report.read_correct(mine, name).part1 for name in ("part2", "part3_robustness")]
+    assert found == ["none", weights_of(mine / "part1.pt")]
