@@ -320,7 +320,7 @@ class Line(NamedTuple):
     title: str
     values: dict  # part -> fraction, nan where it was not measured
     compared: bool = True  # whether larger is better, and differences are tested
-    single: bool = False  # whether it is one perturbation
+    single: bool = False  # whether it is one of the perturbations that the means count
 
     @property
     def markdown(self):
@@ -385,7 +385,7 @@ def overview(table, names):
         for condition in conditions:
             about = f"; {note}" if note == JPEG_NOTE else ""
             title = f"{spoken(condition)} ({family_of(condition)}{about})"
-            lines.append(Line("perturbed", title, over([condition]), single=True))
+            lines.append(Line("perturbed", title, over([condition]), single=bool(note)))
         if conditions and note in MEANS:
             lines.append(Line("perturbed", MEANS[note], over(conditions)))
     perturbed = groups["yes"] + groups["no"] + groups[JPEG_NOTE]

@@ -12,6 +12,7 @@ import common
 import comparison
 import metrics
 import pages
+import plots
 import report
 import summary
 import trainings
@@ -135,6 +136,8 @@ def test_cifar10c_does_not_count_in_the_means(tmp_path):
     assert found["cifar10c fog (CIFAR-10-C)"]["part1"] == 0.1
     assert found[comparison.ALL_PERTURBED]["part1"] == pytest.approx(0.55)
     assert found["mPC relative to clean"]["part1"] == pytest.approx(0.55 / 0.8)
+    assert "Perturbed, 55.0 % in the mean; least under rotation (geometry), 50.0 %." in text_of(
+        tmp_path)
 
 
 def test_severities_are_averaged_before_perturbations(tmp_path):
@@ -162,13 +165,26 @@ def test_calibration_stands_clean_first_and_then_in_the_mean(tmp_path):
     part1, part2 = run_of(tmp_path, "part1", "part1"), run_of(tmp_path, "part2", "part1")
     write(part1, {CLEAN: 0.7})
     write(part2, perturbed(rotation=0.5, jpeg=0.6))
-    for run, condition, severity, error in ((part1, "clean", "", 0.02), (part2, "rotation", 3, 0.1),
-                                            (part2, "jpeg", 3, 0.3)):
+    for run, condition, severity, error in ((part1, "clean", "", 0.02), (part2, "clean", "", 0.5),
+                                            (part2, "rotation", 3, 0.1), (part2, "jpeg", 3, 0.3)):
         append(run, report.row(run, "test", condition, severity, "own", "calibration_error", error,
                                N))
     text = text_of(tmp_path)
     assert "| calibration error, % | test set | mean over perturbations |" in text
     assert "| part1 (cross-entropy) | 2.0 | 20.0 |" in text
+
+
+def test_calibration_is_averaged_over_severities_before_perturbations(tmp_path):
+    """Rotation has 0.1, 0.2 and 0.3, grayscale 0.6: (0.2 + 0.6) / 2."""
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
+    run = run_of(tmp_path, "part2", "part1")
+    write(run, {("test", "rotation", s): 0.5 for s in "123"}
+          | {("test", "grayscale", ""): 0.5, ("test", "cifar10c fog", "3"): 0.5})
+    append(run, *(report.row(run, "test", name, s, "own", "calibration_error", error, N)
+                  for name, s, error in (("rotation", 1, 0.1), ("rotation", 2, 0.2),
+                                         ("rotation", 3, 0.3), ("grayscale", "", 0.6),
+                                         ("cifar10c fog", 3, 0.9))))  # which does not count
+    assert "| part1 (cross-entropy) | - | 40.0 |" in text_of(tmp_path)
 
 
 def test_every_head_stands_under_its_own_name(tmp_path):
@@ -332,6 +348,69 @@ def test_the_gap_is_claimed_where_the_intervals_do_not_meet(tmp_path, train, tes
     write(run_of(tmp_path, "part1", "part1"), {("train", "clean", ""): train, CLEAN: test})
     [line] = [line for line in text_of(tmp_path).splitlines() if "on its training images" in line]
     assert f"| **this network: {verdict}** |" in line
+
+
+def test_a_paragraph_gives_every_number_to_its_own_images(tmp_path):
+    write(run_of(tmp_path, "part1", "part1"),
+          {("train", "clean", ""): 0.9, ("evaluation", "clean", ""): 0.6, CLEAN: 0.7})
+    write(run_of(tmp_path, "part2", "part1"),
+          {("test", "fgsm", eps): value for eps, value in (("0", 0.7), ("2", 0.5), ("8", 0.2))})
+    text = text_of(tmp_path)
+    assert ("This network classifies 60.0 % (56.9 to 63.0, n = 1,000) of the evaluation images and "
+            "70.0 % (67.1 to 72.8, n = 1,000) of the test images right.") in text
+    assert ("Of the 1,000 images that it was trained on it has 90.0 %: a generalization gap "
+            "(training - test) of 20.0 points.") in text
+    assert "Under FGSM at 8/255 it has 20.0 % (17.6 to 22.6, n = 1,000)." in text
+
+
+def test_questions_and_commands_are_of_their_own_part(tmp_path):
+    run = run_of(tmp_path, "part1", "part1", train_fraction=0.5, command="python one")
+    write(run, {CLEAN: 0.7})
+    write(run_of(tmp_path, "part2", "part1", command="python two"), perturbed(rotation=0.5))
+    write(run_of(tmp_path, "part4", "part4", B, loss="cosface"), {CLEAN: 0.7})
+    text = text_of(tmp_path)
+    assert "generalize from 50 % of the training images?" in text
+    assert "Does the CosFace loss do better than cross-entropy?" in text
+    for line in ("- part1: `python one`; 6 epochs, seed 0,", "- part2: `python two`; 6 epochs,",
+                 f"- part4: `python`; 6 epochs, seed 0, cpu, mixed precision off, weights {B}\n"):
+        assert line in text
+
+
+def test_a_paragraph_counts_what_is_better_and_what_is_worse(tmp_path):
+    two_parts(tmp_path, {"rotation": 0.65, "scale": 0.65, "contrast": 0.65, "cutout": 0.65,
+                         "jpeg": 0.45, "pixelate": 0.45, "brightness": 0.5},
+              dict.fromkeys(("rotation", "scale", "contrast", "cutout", "jpeg", "pixelate",
+                             "brightness"), 0.5))
+    write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.5})
+    text = text_of(tmp_path)
+    assert ("Of 7 perturbed conditions this network is better in 4, worse in 2; 1 are not told "
+            "apart.") in text
+    assert "On clean test images -20.0 points, p < 0.001: worse." in text
+
+
+def test_the_figure_compares_test_images_alone(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "comparison", lambda path, rows, names: shown.extend(rows))
+    write(run_of(tmp_path, "part1", "part1"),
+          {("train", "clean", ""): 0.9, ("evaluation", "clean", ""): 0.6, CLEAN: 0.7})
+    summary.compare(tmp_path)
+    assert [(row["condition"], row["accuracy"]) for row in shown] == [("clean", 0.7)]
+
+
+def test_severities_are_said_that_the_means_are_over(tmp_path):
+    for name, part, weights, severities in (("part2", "part1", A, "123"),
+                                            ("part3_robustness", "part3", B, "35")):
+        write(run_of(tmp_path, name, part, weights),
+              {("test", "rotation", severity): 0.5 for severity in severities})
+    assert "Means are over severities (3), then over perturbations." in text_of(tmp_path)
+
+
+def test_the_audits_that_pass_are_counted(tmp_path):
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7},
+          extra=[("audit: a", 1.0), ("audit: b", 0.0), ("audit: c", 1.0)])
+    text = text_of(tmp_path)
+    assert "2 of 3 checks passed.\n\n- **does not hold**: part1: b\n" in text
+    assert "| 2 of 3 pass | **contradicted** |" in text
 
 
 def test_every_differing_argument_is_named(tmp_path):
