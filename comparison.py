@@ -32,8 +32,9 @@ TRAIN = "training images"
 GROUPS = {"clean": "Clean images", "perturbed": "Perturbed test images",
           "attacked": "Attacked test images"}  # of the lines of the large tables
 SPLITS = {"train": TRAIN, "evaluation": "evaluation split", "test": TEST}
-HEADS = ("`own` is the part's classifier; the others are fitted to the backbone's 512-d output of "
-         "the training images alone: nearest class mean, nearest neighbours, linear probe.")
+ABOUT_HEADS = (
+    "`own` is the part's classifier; the others are fitted to the backbone's 512-d output of the "
+    "training images alone: nearest class mean, nearest neighbours, linear probe.")
 
 
 # ---- what a folder holds ------------------------------------------------------------------------

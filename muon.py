@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 step = torch.add(gradient, momentum, alpha=group["momentum"])  # Nesterov's
                 if group["orthogonal"]:
                     matrix = step.permute(0, 2, 3, 1).flatten(1)  # (C',kkC), without a copy
-                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())  # as orthogonal
+                    weights.mul_(min(matrix.shape) ** 0.5 / weights.norm())  # as if orthogonal
                     matrix = orthogonalized(matrix.to(self.dtype)).to(weights.dtype)
                     n, channels, height, width = weights.shape
                     step = matrix.view(n, height, width, channels).permute(0, 3, 1, 2)

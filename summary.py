@@ -232,7 +232,7 @@ def summary(study, table, whole, tests):
         if group == "perturbed":
             text += comparison.explanation([study], table, whole)
     text += [TESTED, "## Calibration", calibration_table(study, table),
-             "## Loss or head?", comparison.HEADS, heads_table(study),
+             "## Loss or head?", comparison.ABOUT_HEADS, heads_table(study),
              "## Audit of the attacks", audit_text(study), "## What ran", what_ran(study),
              "## Left out", bullets(study.left_out), missing(study), "## Figures"]
     names = ["comparison"]

@@ -369,7 +369,7 @@ def training_text(studies, tables, lines, counts, tests):
             text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine),
                      comparison.argument_differences(both[part], both[reference])]
     text += ["## Loss or head?",
-             f"{comparison.HEADS} The same head on both parts tells the loss from the head. "
+             f"{comparison.ABOUT_HEADS} The same head on both parts tells the loss from the head. "
              "Student's intervals, not corrected.", head_table(studies, counts, titles)]
     items = []
     left_out = []
