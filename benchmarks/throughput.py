@@ -5,8 +5,9 @@
 (a) usual: float32, NCHW, a DataLoader with two workers and PIL transforms, as most public scripts.
 (b) ours:  the pipelines of part 1 and part 3.
 (c) bare:  the same model step on one fixed batch, without any data pipeline: the ceiling of (b).
+(d) compiled: ours with --compile, its compilation not counted.
 In batches of 128, as the usual scripts train, and of 64, as ours do.
-The three take turns; a figure is the median over the rounds. Random images serve: speed does not
+The four take turns; a figure is the median over the rounds. Random images serve: speed does not
 depend on them.
 Prints the table and writes it to benchmarks/results/<machine>.md.
 """
@@ -83,6 +84,9 @@ def main():
 
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)
+    compiled_net, compiled_optimizer = model(True)
+    common.compile_backbone(compiled_net, device)
+    inference = common.Inference(fast_net, compiled=True)
     average = common.WeightAverage(fast_net, power=12)
     on_device, y_device = images.to(device), labels.to(device)
     step_number = itertools.count()
@@ -105,27 +109,36 @@ def main():
                     slow_net.backbone(x)
         torch.backends.cudnn.allow_tf32 = False
 
-    def step(x, y):
+    def step(net, optimizer, x, y):
         with amp.autocast():
-            loss = F.cross_entropy(fast_net(x), y, label_smoothing=0.1)
-        amp.step(loss, fast_optimizer)
+            loss = F.cross_entropy(net(x), y, label_smoothing=0.1)
+        amp.step(loss, optimizer)
 
-    def ours(training, perturbed):
-        if not training:
-            return common.predict(fast_net, on_device, amp, batch_size=size)
-        fast_net.train()
+    def train(net, optimizer, perturbed):
+        net.train()
         for x, y in common.batches(on_device, y_device, size, generator):
             x = common.to_float(x)
-            step(augment(x, generator, next(step_number)) if perturbed else x, y)
-            average.update(fast_net)
-        return None
+            step(net, optimizer, augment(x, generator, next(step_number)) if perturbed else x, y)
+            average.update(net)
+
+    def ours(training, perturbed):
+        if training:
+            train(fast_net, fast_optimizer, perturbed)
+        else:
+            common.predict(fast_net, on_device, amp, batch_size=size)
+
+    def compiled(training, perturbed):
+        if training:
+            train(compiled_net, compiled_optimizer, perturbed)
+        else:
+            common.predict(inference, on_device, amp, batch_size=size)
 
     def bare(training, perturbed):
         fast_net.train(training)
         fixed = common.to_float(on_device[:size])
         for _ in range(n // size):
             if training:
-                step(fixed, y_device[:size])
+                step(fast_net, fast_optimizer, fixed, y_device[:size])
             else:
                 with torch.no_grad(), amp.autocast():
                     fast_net(fixed)
@@ -141,18 +154,18 @@ def main():
 
     work = [("training, part 1", True, False), ("training, part 3", True, True),
             ("inference", False, False)]
-    lines = ["| | batch | usual (a) | ours (b) | bare step (c) | b / a | b / c |",
-             f"| --- |{' ---: |' * 6}"]
+    lines = ["| | batch | usual (a) | ours (b) | bare step (c) | compiled (d) | b / a | b / c | "
+             "d / b |", f"| --- |{' ---: |' * 8}"]
     trained = 0
     for size in args.batch_sizes:
         for title, *what in work:
-            contestants = (usual, ours, bare)
+            contestants = (usual, ours, bare, compiled)
             for contestant in contestants:
                 contestant(*what)
             times = [[seconds(c, *what) for c in contestants] for _ in range(args.rounds)]
-            a, b, c = (n / statistics.median(t) for t in zip(*times, strict=True))
-            lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | "
-                         f"{b / c:.2f} |")
+            a, b, c, d = (n / statistics.median(t) for t in zip(*times, strict=True))
+            lines.append(f"| {title} | {size} | {a:.0f} | {b:.0f} | {c:.0f} | {d:.0f} | "
+                         f"{b / a:.2f} | {b / c:.2f} | {d / b:.2f} |")
             trained = max(trained, b) if what[0] else trained
 
     fast_net.train()
