@@ -7,6 +7,7 @@ terminal, in the table and in the figure.
 from typing import NamedTuple
 
 import report
+from metrics import percent
 
 import torch
 
@@ -89,7 +90,7 @@ def share(right):
 
 
 def compared(name, ours, theirs, passed):
-    found = f"{report.percent(share(ours))} against {report.percent(share(theirs))} %"
+    found = f"{percent(share(ours))} against {percent(share(theirs))} %"
     return Check(name, found, passed, len(ours))
 
 

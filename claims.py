@@ -8,6 +8,7 @@ import common
 import metrics
 import report
 from comparison import HELD_OUT, JPEG_NOTE, SEEN, TEST, pairs, right, spoken, verdict
+from metrics import percent
 from pages import escape, markdown_table
 
 import numpy as np
@@ -67,7 +68,7 @@ def gap_claim(part):
         return []
     apart = (train["ci_low"] > test["ci_high"]) - (train["ci_high"] < test["ci_low"])
     outcome = ("not resolved", "supported", "contradicted")[apart]
-    gap = f"{100 * (train['value'] - test['value']):.1f} points"
+    gap = f"{percent(train['value'] - test['value'])} points"
     return [Claim(f"{part.title} is more accurate on its training images than on test images",
                   f"training {with_interval(train)}, test {with_interval(test)}: a generalization "
                   f"gap of {gap}", f"this network: {outcome}", f"{part.name}.csv")]
@@ -163,7 +164,7 @@ def attack_outcome(part):
                 guessing, how = max(sizes) / sum(sizes), "always naming the largest class"
             apart = (row["ci_high"] < guessing) - (row["ci_low"] > guessing)
             return Claim(f"{part.title} does not withstand attacks: less than {how} "
-                         f"({report.percent(guessing)} %) under {spoken(condition)} "
+                         f"({percent(guessing)} %) under {spoken(condition)} "
                          f"{float(row['severity']):g}/255", with_interval(row),
                          ("not resolved", "supported", "contradicted")[apart],
                          f"{report.robustness_name(part.name)}.csv")
@@ -187,25 +188,26 @@ def audit_claim(studies):
         return []
     passed = sum(passed for _, passed in found)
     outcome = "supported" if passed == len(found) else "contradicted"
-    return [Claim("The attacks pass all their audits, so that their figures can be believed",
+    return [Claim("No audit speaks against the attacks, whose accuracies are upper bounds",
                   f"{passed} of {len(found)} pass", outcome, "summary.md, Audit of the attacks")]
 
 
 def with_interval(row):
     """An accuracy with its interval and n, in words."""
-    return (f"{report.percent(row['value'])} % ({report.percent(row['ci_low'])} to "
-            f"{report.percent(row['ci_high'])}, n = {row['n']:,})")
+    return (f"{percent(row['value'])} % ({percent(row['ci_low'])} to "
+            f"{percent(row['ci_high'])}, n = {row['n']:,})")
 
 
 def points(difference):
-    return f"{100 * difference:+.1f} points"
+    return f"{percent(difference, '+')} points"
 
 
 def between(change):
     """A Difference with its interval, in points."""
     if not math.isfinite(change.low):
         return f"{points(change.mean)} (no interval)"
-    return f"{points(change.mean)} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    low, high = percent(change.low, "+"), percent(change.high, "+")
+    return f"{points(change.mean)} ({low} to {high})"
 
 
 def over_images(change):

@@ -10,6 +10,7 @@ import metrics
 import report
 from arguments import UsageError
 from datasets import JPEG_COPY
+from metrics import percent
 from pages import code, escape, markdown_table
 
 import numpy as np
@@ -434,7 +435,7 @@ def spoken(name):
 
 
 def cell(value):
-    return report.percent(value) if math.isfinite(value) else "-"
+    return percent(value) if math.isfinite(value) else "-"
 
 
 def lines_table(lines, group, titles):

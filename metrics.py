@@ -10,6 +10,14 @@ import torch.nn.functional as F
 # ---- intervals and tests ------------------------------------------------------------------------
 
 
+def percent(value, sign=""):
+    """A fraction as text: percent, one decimal; half of that away from zero, as floats may not do.
+
+    sign: "+" to show one.
+    """
+    return f"{100 * value + math.copysign(1e-9, value):{sign}.1f}"
+
+
 def wilson_interval(correct, n, z=1.959964):
     """95 % score interval of a proportion (Wilson 1927).
 

@@ -18,7 +18,7 @@ from arguments import RunError
 from checkpoints import atomic
 from common import HELD_OUT_FAMILIES, few_sizes
 from datasets import JPEG_COPY
-from metrics import wilson_interval
+from metrics import percent, wilson_interval
 from perturbations import FAMILY
 
 import matplotlib.style
@@ -283,10 +283,10 @@ def confusion(path, predicted, labels, run):
     axes.set_xlabel("predicted class", size=text)
     axes.set_ylabel("true class", size=text)
     axes.spines[:].set_visible(False)
-    right = 100 * np.trace(counts) / len(labels)
+    right = percent(np.trace(counts) / len(labels))
     thinned = f" One class in {every} is named." if every > 1 else ""
     n = counted([len(labels)])
-    save(figure, path, f"{described(run)} Clean test images, {n}; {right:.1f} % are right "
+    save(figure, path, f"{described(run)} Clean test images, {n}; {right} % are right "
          f"(gray).{thinned}")
 
 

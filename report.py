@@ -19,6 +19,7 @@ import common
 import metrics
 import plots
 from arguments import RunError, UsageError, first_line
+from metrics import percent
 
 import numpy as np
 import torch
@@ -655,10 +656,6 @@ def print_table(title, header, rows):
         for cell, width in zip(line[1:], widths[1:], strict=True):
             text += "  " + cell.rjust(width)
         print(text)
-
-
-def percent(value):
-    return f"{100 * value:.1f}"
 
 
 def print_accuracies(title, rows):

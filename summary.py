@@ -23,6 +23,7 @@ import plots
 import report
 from arguments import first_line
 from claims import points, probability, with_interval
+from metrics import percent
 from pages import bullets, code, escape, markdown_table
 from trainings import compare_trainings
 
@@ -70,8 +71,8 @@ def paragraph(study, part, lines, tests):
     test = accuracies.get(("test", "clean", ""))
     if train and test:
         sentences.append(f"Of the {train['n']:,} images that it was trained on it has "
-                         f"{report.percent(train['value'])} %: a generalization gap (training - "
-                         f"test) of {100 * (train['value'] - test['value']):.1f} points.")
+                         f"{percent(train['value'])} %: a generalization gap (training - "
+                         f"test) of {percent(train['value'] - test['value'])} points.")
     sentences += perturbed_sentence(part.name, lines)
     for condition in claims.STRONGEST:
         row = accuracies.get(("test", condition, "8"))
@@ -98,8 +99,8 @@ def perturbed_sentence(name, lines):
             worst = line
     if not math.isfinite(mean):
         return []
-    return [f"Perturbed, {report.percent(mean)} % in the mean; least under {worst.title}, "
-            f"{report.percent(worst.values[name])} %."]
+    return [f"Perturbed, {percent(mean)} % in the mean; least under {worst.title}, "
+            f"{percent(worst.values[name])} %."]
 
 
 def compared(part, reference, tests):

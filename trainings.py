@@ -13,6 +13,7 @@ import pages
 import report
 from arguments import UsageError
 from comparison import ALL_PERTURBED, ALPHA, GROUPS, TEST, TRAIN, Line
+from metrics import percent
 from pages import bullets, code, markdown_table
 
 import numpy as np
@@ -235,12 +236,12 @@ def training_rows(dataset, lines, names, tests):
 
 def spread(values, expected):
     """Mean ± standard deviation (n - 1) in %, with n where it is not the expected one."""
-    values = 100 * values[np.isfinite(values)]
+    values = values[np.isfinite(values)]
     if not len(values):
         return "-"
-    text = f"{values.mean():.1f}"
+    text = percent(values.mean())
     if len(values) > 1:
-        text += f" ± {values.std(ddof=1):.1f}"
+        text += f" ± {percent(values.std(ddof=1))}"
     return text if len(values) == expected else f"{text} (n = {len(values)})"
 
 
@@ -314,8 +315,8 @@ def pair_table(tests):
         change = test.change
         interval = "-"
         if math.isfinite(change.low):
-            interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-        body.append((test.line.markdown, f"{100 * change.mean:+.1f}", interval, change.n,
+            interval = f"{percent(change.low, '+')} to {percent(change.high, '+')}"
+        body.append((test.line.markdown, percent(change.mean, "+"), interval, change.n,
                      claims.probability(test.p_holm).removeprefix("= "), test.verdict))
     return markdown_table(("difference, points", "mean", "95 % interval", "n", "p (Holm)",
                            "verdict"), body)

@@ -1,6 +1,7 @@
 """Statistics against scipy, scikit-learn, or values worked by hand."""
 
 import math
+from decimal import ROUND_HALF_UP, Decimal
 
 import common
 import metrics
@@ -256,3 +257,14 @@ def test_linear_probe_against_sklearn():
     found = metrics.probe_predict(*train, test[0])
     assert (found == expected).float().mean() > 0.99
     assert 0.5 < (found == test[1]).float().mean() < 0.99  # a task on which heads can differ
+
+
+@pytest.mark.parametrize("n", [100, 364, 2000, 10_000])
+def test_percent_rounds_halves_away_from_zero_as_decimal_arithmetic_does(n):
+    for count in range(n + 1):
+        exact = Decimal(100 * count) / n
+        rounded = exact.quantize(Decimal("0.1"), ROUND_HALF_UP)
+        assert metrics.percent(count / n) == str(rounded)
+        assert metrics.percent(float(f"{count / n:.6g}")) == str(rounded)  # as tables hold it
+        if count:
+            assert metrics.percent(-count / n, "+") == f"{rounded.copy_negate():+}"
