@@ -346,7 +346,7 @@ def umap(path, panels, run, columns=4):
     n = counted([len(p.labels) for p in panels])
     save(figure, path, f"{described(run)} UMAP of the backbone's 512-d output, {n} images a panel, "
          f"all panels in one fit.{note} The axes have no unit. Maps of different models are not "
-         "comparable; the 512-d measures above the panels are.")
+         "comparable; the 512-d measures above the panels are, in figures of the same name.")
 
 
 def class_look(place):

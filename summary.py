@@ -217,8 +217,8 @@ TESTED = (
     "n, intervals and tests: McNemar's exact test on the same images, Holm-corrected over a part "
     "and its reference, clean images and perturbations counted apart; \"better\" and \"worse\" "
     f"where p < {comparison.ALPHA}. Of means, the claims give Student's interval over the images, "
-    "with p corrected over the two means. Attacks are compared over several trainings alone "
-    "(`python summary.py FOLDER FOLDER …`), since one seed moves them far.")
+    "with p corrected over the two means of a part and its reference. Attacks are compared over "
+    "several trainings alone (`python summary.py FOLDER FOLDER …`), since one seed moves them far.")
 
 
 def summary(study, table, whole, tests):

@@ -347,9 +347,11 @@ def training_text(studies, tables, lines, counts, tests):
             "Differences are paired: of the same seed and split. Intervals and p-values are "
             "Student's over trainings (n - 1 degrees of freedom); p is Holm-corrected over each "
             "table of one part against one reference, clean images, perturbations and attacks "
-            "counted apart. \"Better\" and \"worse\" are said of a method only where "
-            f"p < {ALPHA}; the rest is not resolved with so few trainings, which shows neither a "
-            "difference nor none."]
+            "counted apart, of claims on part 1 alone over these. \"Better\" and \"worse\" are "
+            f"said of a method only where p < {ALPHA}; the rest is not resolved with so few "
+            "trainings, which shows neither a difference nor none. Differences that happen to be "
+            "alike give a small p; and the test images are the same in all trainings, so that what "
+            "others would change is in no interval."]
     for group, title in GROUPS.items():
         body = []
         for line in lines:
