@@ -21,7 +21,14 @@ def eval_mode(model):
 
 @contextlib.contextmanager
 def attack_mode(model):
-    """Eval mode, float32, no gradients for the parameters; afterwards all is as it was before."""
+    """Eval mode, float32, no gradients for the parameters; afterwards all is as it was before.
+
+    Raises ValueError for weights that are no numbers: an attack on them would change nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} has values that are no numbers, so that no attack can find a "
+                             "way; part 4's class means are so until fit_head sets them")
     wanted = [p.requires_grad for p in model.parameters()]
     device = next(model.parameters()).device.type
     with eval_mode(model), torch.autocast(device, enabled=False):

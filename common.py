@@ -382,8 +382,9 @@ class Model(nn.Module):
         self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.backbone.maxpool = nn.Identity()
         for block in self.backbone.layer4:
-            block.conv1 = SideBySide(block.conv1)
-            block.conv2 = SideBySide(block.conv2)
+            for name, conv in list(block.named_children()):
+                if name.startswith("conv") and conv.kernel_size == (3, 3) and conv.groups == 1:
+                    setattr(block, name, SideBySide(conv))
         self.head = head or nn.Identity()
 
     def outputs(self, images):
@@ -407,7 +408,8 @@ class SideBySide(nn.Conv2d):
         self.weight = conv.weight
 
     def forward(self, images):
-        small = images.shape[3] <= 4 * self.stride[1]
+        width, stride = images.shape[3], self.stride[1]
+        small = width <= 4 * stride and width % stride == 0
         if AMX and small and images.dtype == torch.bfloat16 and images.device.type == "cpu":
             return self.wide(images)
         return super().forward(images)
@@ -432,7 +434,8 @@ class ClassMeans(nn.Module):
     def __init__(self, classes, dim, learned=False):
         super().__init__()
         self.learned = learned
-        self.means = nn.Parameter(torch.zeros(classes, dim))
+        # no numbers until they are set: an attack before that raises, instead of doing nothing
+        self.means = nn.Parameter(torch.full((classes, dim), torch.nan))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
@@ -516,8 +519,12 @@ class Prediction(NamedTuple):
 @torch.no_grad()
 def folded(model):
     """A copy for inference, each BatchNorm folded into its convolution: the same, but faster."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
+        if type(module) not in (BasicBlock, Bottleneck, ResNet, nn.Sequential):
+            continue  # an edited block may apply them in another order than it names them
         for conv, norm in itertools.pairwise(list(module._modules)):
             if isinstance(module._modules[norm], nn.BatchNorm2d):
                 fused = fuse_conv_bn_eval(module._modules[conv], module._modules[norm])

@@ -88,6 +88,7 @@ def main(argv=None):
 
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
+    check_network(args.checkpoint, meta, clean)
     tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx,
                                 finished)
     test_published(tested, run, inference, published, amp, finished)
@@ -154,6 +155,20 @@ def start(args, model, meta, data, split, device, amp):
                              f"of {part} with --resume first")
     return report.start(args, part, data, split, device, amp, report.robustness_name(part),
                         Path(args.checkpoint).as_posix(), weights, meta)
+
+
+def check_network(path, meta, clean):
+    """Raises UsageError if the model is not as accurate as when its checkpoint was written.
+
+    Code that was edited since may make another network of the same weights.
+    """
+    then = meta["metrics"].get("test")
+    now = common.accuracy(clean.logits, clean.labels)
+    rounding = 0.02 + 2 / len(clean.labels)  # as another device or precision might make
+    if then is not None and abs(now - then) > rounding:
+        raise UsageError(f"{path}: classified {metrics.percent(then)} % of the test images right "
+                         f"when it was written, with this code {metrics.percent(now)} %; undo what "
+                         "was edited since (the network, its input, a precision), or train anew")
 
 
 def part1_beside(folder, meta, device):

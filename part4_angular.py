@@ -110,8 +110,10 @@ def fit_head(model, split, amp):
 
     Both by the training images of `split`.
     """
-    features = common.predict(model, split.train_images, amp).features
-    model.head.fit(model.backbone.fc(features), split.train_labels)  # fc: as model.outputs
+    inference = common.Inference(model)
+    inference.model.head = torch.nn.Identity()  # leaves what model.outputs gives
+    embeddings = common.predict(inference, split.train_images, amp).logits
+    model.head.fit(embeddings, split.train_labels)
 
 
 @checkpoints.releases_locks  # report.start locks this part's files
@@ -153,7 +155,7 @@ def main(argv=None):
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             if args.augment:
-                images = augment(images, generator, step=scheduler.last_epoch)
+                images = augment(images, generator, average.steps)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings.float(), labels)  # in float32, for its exponentials

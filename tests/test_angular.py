@@ -247,6 +247,37 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(small_photos, t
     assert (common.fgsm_direction(model, images, labels) != 0).flatten(1).any(1).all()
 
 
+class Projected(common.Model):
+    """A student's: one more layer between the backbone and the classifier."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.projection = torch.nn.Linear(16, 16)
+
+    def outputs(self, images):
+        return self.projection(super().outputs(images)).relu()
+
+
+def test_class_means_are_of_what_the_model_puts_out(small_photos, tiny_backbone):
+    torch.manual_seed(0)
+    model = Projected(16, common.ClassMeans(4, 16))
+    labels = torch.arange(40) % 4
+    fit_head(model, common.Split(small_photos, labels, None, None, ""), AMP)
+    with common.eval_mode(model), torch.no_grad():
+        embeddings = F.normalize(model.outputs(common.to_float(small_photos)), dim=1)
+    for c in range(4):
+        mean = embeddings[labels == c].mean(0)
+        assert F.cosine_similarity(model.head.means[c], mean, dim=0) > 0.9999
+
+
+def test_an_attack_before_the_class_means_are_set_is_refused(small_photos, tiny_backbone):
+    model = common.Model(16, common.ClassMeans(4, 16))
+    images = common.to_float(small_photos[:8])
+    for attack in (common.fgsm, common.pgd):
+        with pytest.raises(ValueError, match="until fit_head sets them"):
+            attack(model, images, torch.arange(8) % 4, 8 / 255)
+
+
 def test_a_margin_loss_trains_the_proxies_that_its_head_classifies_by(small_photos, tiny_backbone):
     torch.manual_seed(0)
     model = common.Model(outputs=16, head=common.ClassMeans(4, 16, learned=True))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import META
 from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 CPU = torch.device("cpu")
 
@@ -141,6 +143,77 @@ def test_folding_changes_nothing_but_speed(small_model, photos, classes):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         assert torch.allclose(quick(photos / 255), model.eval()(photos / 255), rtol=1e-3, atol=1e-4)
+
+
+class NormLast(BasicBlock):
+    """A student's block: BatchNorm after ReLU, the modules named in the old order."""
+
+    def forward(self, x):
+        out = self.bn1(self.conv1(x).relu())
+        out = self.bn2(self.conv2(out).relu())
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class NamedApart(nn.Module):
+    """Convolutions first, norms after: conv2 and bn1 are neighbours in name alone."""
+
+    expansion = 1
+
+    def __init__(self, inplanes, planes, stride=1, *rest):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+
+
+@pytest.mark.parametrize("block", [NormLast, NamedApart, Bottleneck])
+def test_another_block_predicts_what_it_trains(small_photos, monkeypatch, block):
+    torch.manual_seed(0)
+    monkeypatch.setattr("torchvision.models.resnet18",
+                        lambda num_classes: ResNet(block, [1, 1, 1, 1], num_classes))
+    model = common.Model(10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    predicted = common.predict(model, small_photos, common.Amp("off", CPU)).logits
+    with torch.no_grad():
+        expected = model(small_photos / 255)
+    assert torch.allclose(predicted, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, {"kernel_size": 5, "padding": 2}, {"groups": 2}])
+def test_only_3x3_convolutions_of_all_channels_lie_side_by_side(monkeypatch, change):
+    """Others would mix neighbouring images, or are not what `wide` computes."""
+    words = {"kernel_size": 3, "padding": 1, "bias": False} | change
+
+    def resnet(num_classes):
+        network = resnet18(num_classes=num_classes)
+        network.layer4[1].conv2 = nn.Conv2d(512, 512, **words)
+        return network
+
+    monkeypatch.setattr("torchvision.models.resnet18", resnet)
+    kinds = {name: type(module) for name, module in common.Model(10).backbone.named_modules()}
+    assert kinds["layer4.1.conv1"] is common.SideBySide
+    assert (kinds["layer4.1.conv2"] is common.SideBySide) == (not change)
+
+
+@pytest.mark.parametrize(("width", "stride", "wide"), [(4, 1, True), (8, 2, True), (7, 2, False),
+                                                       (3, 1, True), (16, 2, False)])
+def test_only_small_images_that_the_stride_divides_lie_side_by_side(monkeypatch, width, stride,
+                                                                    wide):
+    monkeypatch.setattr(common, "AMX", True)
+    called = unittest.mock.Mock(side_effect=common.SideBySide.wide, autospec=True)
+    monkeypatch.setattr(common.SideBySide, "wide", lambda *args: called(*args))
+    convolution = nn.Conv2d(7, 5, 3, stride, 1, bias=False).bfloat16()
+    images = torch.randn(2, 7, width, width).bfloat16()
+    found = common.SideBySide(convolution)(images)
+    assert called.called == wide
+    assert torch.allclose(found, convolution(images), atol=0.05)
 
 
 @pytest.mark.parametrize("power", [3, 24])

@@ -281,3 +281,29 @@ def test_the_worst_case_of_the_audit_is_of_the_audits_own_images(study):
                                  [0, 8])
     assert [(row["condition"], row["value"]) for row in rows] == [("worst_case", 0.5),
                                                                   ("worst_case_audit", 0)]
+
+
+@pytest.mark.parametrize("edit", ["a constant input", "another activation", "nothing"])
+def test_a_network_edited_since_its_training_is_refused(study, tmp_path, monkeypatch, edit):
+    """The same weights, loaded strictly, are another network if the code has changed."""
+    right = np.mean((logits_of(study.model, study.images).argmax(1) == study.labels).numpy())
+    classes = [str(c) for c in range(10)]
+    data = common.load_data("digits", "", CPU)
+    meta = META | {"classes": classes, "split_hash": common.split_data(data, 0.2, 0).hash,
+                   "metrics": {"test": float(right)}}
+    monkeypatch.setattr("torchvision.models.resnet18", Tiny)
+    common.save_checkpoint(tmp_path / "part1.pt", study.model, meta)
+    if edit == "a constant input":
+        monkeypatch.setattr(common, "to_float", lambda images: torch.zeros(images.shape))
+    if edit == "another activation":
+        monkeypatch.setattr(Tiny, "forward", lambda self, images: self.fc(
+            self.avgpool(self.bn1(self.conv1(images)).sigmoid()).flatten(1)))
+    arguments = ["--checkpoint", str(tmp_path / "part1.pt"), "--results-dir", str(tmp_path),
+                 "--amp", "off", "--device", "cpu", "--perturbations", "vertical_flip",
+                 "--attack-images", "10", "--audit-images", "10", "--eps-255", "8", "--no-umap"]
+    if edit == "nothing":
+        assert part2_robustness.main(arguments)
+    else:
+        with pytest.raises(UsageError, match=r"part1.pt: classified 6\d.* with this code"):
+            part2_robustness.main(arguments)
+        assert not (tmp_path / "part2.csv").exists()

@@ -68,14 +68,13 @@ def test_a_step_forgets_the_gradients_of_the_step_before():
 
 
 PART3 = """\
-+step = scheduler.last_epoch
-+images = augment(images, generator, step, args.families)"""
++images = augment(images, generator, average.steps, args.families)"""
 PART4 = """\
 -batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
 +batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size,
 +generator)
 +if args.augment:
-+images = augment(images, generator, step=scheduler.last_epoch)
++images = augment(images, generator, average.steps)
 -logits = model(images)
 -loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 +embeddings = model.outputs(images)
