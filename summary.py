@@ -21,7 +21,6 @@ import comparison
 import pages
 import plots
 import report
-from arguments import first_line
 from claims import points, probability, with_interval
 from metrics import percent
 from pages import bullets, code, escape, markdown_table
@@ -257,7 +256,9 @@ def compare(folder):
     whole = comparison.measured(study)
     [table] = comparison.shared([whole])
     report.write_rows(study.folder / "comparison.csv", tests)
-    draw(study, table)
+    rows = [row for row in table if row["split"] == "test"]
+    labels = {name: part.label for name, part in study.parts.items()}
+    plots.comparison(study.folder / "comparison.png", rows, labels)
     text = summary(study, table, whole, tests)
     report.write_text(study.folder / "summary.md", text)
     pages.write(study.folder / "summary.html", text)
@@ -268,16 +269,6 @@ def compare(folder):
     for sentence in study.left_out:
         print(f"Left out of the comparison: {sentence}")
     return tests
-
-
-def draw(study, table):
-    """comparison.png; a failure costs only it."""
-    names = {name: part.label for name, part in study.parts.items()}
-    rows = [row for row in table if row["split"] == "test"]
-    try:
-        plots.comparison(study.folder / "comparison.png", rows, names)
-    except Exception as error:  # no figure can end a run
-        print(f"comparison.png: not drawn ({type(error).__name__}: {first_line(error)})")
 
 
 if __name__ == "__main__":
