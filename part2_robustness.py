@@ -345,14 +345,18 @@ def attack(args, run, model, images, labels, part1=None):
             excess = max(excess, excess_over(eps_255 / 255, images[few], adversarial, args.norm))
 
     right = {}
+    rows = []
     for (name, eps_255), found in predicted.items():
+        place = (run, "test", name, f"{eps_255:g}", "own", found)
         truth = labels[few] if name.startswith(names.pgd) else labels
         right[name, eps_255] = found == truth
+        rows.append(report.accuracy_row(*place, truth))
+        if name == f"{names.fgsm}_targeted":
+            rows.append(report.accuracy_row(*place, clean.argmin(1), "target class reached"))
     no_gradient = (directions[names.fgsm].flatten(1).abs().amax(1) == 0).float().mean().item()
     changed = int((predicted[names.fgsm, 0] != clean.argmax(1)).sum())
     checks = audit.audit_attacks(names, right, few, audited, no_gradient, excess, changed)
 
-    rows = attack_rows(args, run, names, predicted, labels, few, clean.argmin(1))
     rows += audit.worst_case_rows(run, names, right, few, sweep)
     rows.append(report.row(run, "test", names.fgsm, "", "own", "share of images without a gradient",
                            no_gradient, len(labels)))
@@ -407,18 +411,6 @@ def plan_sweep(names, directions, sweep, audited):
         elif name != names.fgsm:
             plan += [(name, eps) for eps in audited]
     return plan
-
-
-def attack_rows(args, run, names, predicted, labels, few, target):
-    """The accuracy rows of every attack and eps."""
-    rows = []
-    for (name, eps), found in predicted.items():
-        truth = labels[few] if name.startswith(names.pgd) else labels
-        rows.append(report.accuracy_row(run, "test", name, f"{eps:g}", "own", found, truth))
-        if name == f"{names.fgsm}_targeted":
-            rows.append(report.accuracy_row(run, "test", name, f"{eps:g}", "own", found, target,
-                                            "target class reached"))
-    return rows
 
 
 # ---- tables and figures -------------------------------------------------------------------------
