@@ -235,14 +235,14 @@ def clean_rows(run, predictions, repeated):
     for split in ("evaluation", "test"):
         logits, features, labels = predictions[split]
         predicted = logits.argmax(1)
-        nearest_mean = (F.normalize(features, dim=1) @ means.T).argmax(1)
-        neighbours = metrics.knn_predict(train.features, train.labels, features, k)
-        probe = metrics.probe_predict(train.features, train.labels, features)
-        rows += [accuracy_row(run, split, "clean", "", "own", predicted, labels),
-                 accuracy_row(run, split, "clean", "", "class_means", nearest_mean, labels),
-                 accuracy_row(run, split, "clean", "", "knn", neighbours, labels),
-                 accuracy_row(run, split, "clean", "", "probe", probe, labels),
-                 calibration_row(run, split, "clean", "", logits, labels)]
+        heads = {"own": predicted,
+                 "class_means": (F.normalize(features, dim=1) @ means.T).argmax(1),
+                 "knn": metrics.knn_predict(train.features, train.labels, features, k),
+                 "probe": metrics.probe_predict(train.features, train.labels, features)}
+        for head, found in heads.items():
+            rows.append(accuracy_row(run, split, "clean", "", head, found, labels))
+        rows.append(row(run, split, "clean", "", "own", "calibration_error",
+                        metrics.calibration_error(logits, labels), len(labels)))
         for c, name in enumerate(run.classes):
             mine = labels == c
             rows.append(accuracy_row(run, split, "clean", "", "own", predicted[mine], labels[mine],
@@ -250,11 +250,6 @@ def clean_rows(run, predictions, repeated):
     rows.append(row(run, "test", "clean", "", "", "images of the training set, too", repeated,
                     run.sizes["test"]))
     return rows
-
-
-def calibration_row(run, split, condition, severity, logits, labels):
-    error = metrics.calibration_error(logits, labels)
-    return row(run, split, condition, severity, "own", "calibration_error", error, len(labels))
 
 
 def headline(rows):
