@@ -523,25 +523,24 @@ def draw_umap(run, panels, measured):
               "stand")
         checkpoints.remove(files, "as of a former run")
         return
+    sizes = [len(panel.labels) for panel in panels]
+    maps = np.split(coordinates, np.cumsum(sizes)[:-1])
     drawn = []
-    start = 0
-    for i, panel in enumerate(panels):
-        neighbours, silhouette = measured[2 * i], measured[2 * i + 1]
+    for panel, points, neighbours, silhouette in zip(panels, maps, measured[::2], measured[1::2],
+                                                     strict=True):
         found = []
         if math.isfinite(neighbours["value"]):
             found.append(f"{neighbours['metric'].split()[0]} {percent(neighbours['value'])} %")
         if math.isfinite(silhouette["value"]):
             found.append(f"silhouette {silhouette['value']:.2f}")
         title = f"{panel.title}\n{', '.join(found)}"
-        end = start + len(panel.labels)
-        drawn.append(plots.Panel(title, coordinates[start:end], panel.labels.cpu().numpy()))
-        start = end
+        drawn.append(plots.Panel(title, points, panel.labels.cpu().numpy()))
     try:
         with checkpoints.atomic(files[0]) as temporary:
             np.savez_compressed(
                 temporary, coordinates=coordinates, weights=run.weights,
                 label=np.concatenate([panel.labels for panel in drawn]),
-                panel=np.repeat([panel.title for panel in panels], [len(p.labels) for p in drawn]))
+                panel=np.repeat([panel.title for panel in panels], sizes))
     except RunError as error:
         print(f"{error}; the tables stand")
     plots.umap(files[1], drawn, run)
