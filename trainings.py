@@ -185,6 +185,12 @@ def group_order(line):
     return list(GROUPS).index(line.group)
 
 
+def difference(ours, theirs):
+    """The metrics.Difference over the trainings that both have, or None without any."""
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    return metrics.paired_difference(ours[both], theirs[both]) if both.any() else None
+
+
 def method_tests(lines, names):
     """The MethodTests of all parts against their references, over what both have.
 
@@ -196,11 +202,10 @@ def method_tests(lines, names):
         for group in GROUPS:
             changes = []
             for line in lines:
-                ours, theirs = line.values[part], line.values[reference]
-                both = np.isfinite(ours) & np.isfinite(theirs)
-                if line.group == group and line.compared and both.any():
-                    change = metrics.paired_difference(ours[both], theirs[both])
-                    changes.append((line, change))
+                if line.group == group and line.compared:
+                    change = difference(line.values[part], line.values[reference])
+                    if change:
+                        changes.append((line, change))
             corrected = metrics.holm([change.p_value for _, change in changes])
             for (line, change), p_holm in zip(changes, corrected, strict=True):
                 tests.append(MethodTest(line, part, reference, change, float(p_holm)))
@@ -258,10 +263,9 @@ def claims_of_method(studies, lines, tests):
              TRAIN, TEST),
             (f"Perturbations cost {titles.get('part1')} accuracy", TEST, ALL_PERTURBED)):
         if "part1" in titles and more in by_title and less in by_title:
-            values = by_title[more]["part1"], by_title[less]["part1"]
-            both = np.isfinite(values[0]) & np.isfinite(values[1])
-            if both.any():
-                costs.append((claim, metrics.paired_difference(values[0][both], values[1][both])))
+            change = difference(by_title[more]["part1"], by_title[less]["part1"])
+            if change:
+                costs.append((claim, change))
     corrected = metrics.holm([change.p_value for _, change in costs])
     for (claim, change), p_holm in zip(costs, corrected, strict=True):
         found.append(method_claim(claim, change, p_holm))
@@ -291,9 +295,7 @@ def head_table(studies, counts, titles):
     for part, reference in comparison.pairs(counts):
         cells = []
         for head in heads:
-            ours, theirs = accuracies[head][part], accuracies[head][reference]
-            both = np.isfinite(ours) & np.isfinite(theirs)
-            change = metrics.paired_difference(ours[both], theirs[both]) if both.any() else None
+            change = difference(accuracies[head][part], accuracies[head][reference])
             cells.append(claims.between(change) if change else "-")
         body.append((f"{titles[part]} against {reference}", *cells))
     columns = [head.replace("_", " ") for head in heads]
