@@ -222,7 +222,7 @@ TESTED = (
 
 def summary(study, table, whole, tests):
     """The text of summary.md. table: the `measured` rows that are `shared`; whole: all of them."""
-    lines = comparison.overview(table, list(study.parts))
+    lines = comparison.overview(table, study.parts)
     text = [f"# Results on {escape(study.dataset)}",
             claims.claims_table(claims.claims_of_one(study, table, tests))]
     text += [paragraph(study, part, lines, tests) for part in study.parts.values()]
@@ -263,7 +263,7 @@ def compare(folder):
     report.write_text(study.folder / "summary.md", text)
     pages.write(study.folder / "summary.html", text)
     body = [(pages.plain(line.title), *map(comparison.cell, line.values.values()))
-            for line in comparison.overview(table, list(study.parts))]
+            for line in comparison.overview(table, study.parts)]
     report.print_table(f"Comparison on {study.dataset}, accuracy in % ({study.folder}/summary.md)",
                        ("", *study.parts), body)
     for sentence in study.left_out:

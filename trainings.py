@@ -59,8 +59,8 @@ def compare_trainings(folders):
         if n:
             counts[name] = n
     tables = comparison.shared([comparison.measured(study) for study in studies])
-    overviews = [comparison.overview(table, list(counts)) for table in tables]
-    lines = over_trainings(overviews, list(counts))
+    overviews = [comparison.overview(table, counts) for table in tables]
+    lines = over_trainings(overviews, counts)
     tests = method_tests(lines, counts)
     rows = training_rows(studies[0].dataset, lines, counts, tests)
     parent = Path(folders[0]).resolve().parent
@@ -178,11 +178,7 @@ def over_trainings(overviews, names):
                 result[line.title] = line._replace(values=empty)
             for name in names:
                 result[line.title].values[name][i] = line.values[name]
-    return sorted(result.values(), key=group_order)
-
-
-def group_order(line):
-    return list(GROUPS).index(line.group)
+    return sorted(result.values(), key=lambda line: list(GROUPS).index(line.group))
 
 
 def difference(ours, theirs):
@@ -220,9 +216,9 @@ def training_rows(dataset, lines, names, tests):
             values = line.values[name][np.isfinite(line.values[name])]
             row = {"dataset": dataset, "group": line.group, "line": pages.plain(line.title),
                    "part": name, "mean": float(values.mean()) if len(values) else "",
-                   "sd": float(values.std(ddof=1)) if len(values) > 1 else "", "n": len(values)}
-            empty = dict.fromkeys(("reference", "difference", "ci_low", "ci_high", "pairs",
-                                   "p_holm", "verdict"), "")
+                   "sd": float(values.std(ddof=1)) if len(values) > 1 else "", "n": len(values),
+                   "reference": "", "difference": "", "ci_low": "", "ci_high": "", "pairs": "",
+                   "p_holm": "", "verdict": ""}
             mine = [test for test in tests if (test.line.title, test.part) == (line.title, name)]
             for test in mine:
                 known = math.isfinite(test.change.low)
@@ -232,7 +228,7 @@ def training_rows(dataset, lines, names, tests):
                     "ci_high": test.change.high if known else "", "pairs": test.change.n,
                     "p_holm": test.p_holm, "verdict": test.verdict})
             if not mine:
-                rows.append(row | empty)
+                rows.append(row)
     return rows
 
 
@@ -250,11 +246,8 @@ def spread(values, expected):
     return text if len(values) == expected else f"{text} (n = {len(values)})"
 
 
-def claims_of_method(studies, lines, tests):
+def claims_of_method(studies, titles, lines, tests):
     """The Claims that several trainings allow."""
-    titles = studies[0].titles
-    for study in studies:
-        titles = study.titles | titles
     found = []
     by_title = {line.title: line.values for line in lines}
     costs = []
@@ -345,7 +338,7 @@ def training_text(studies, tables, lines, counts, tests):
         titles = study.titles | titles
     header = [f"{titles[name]}, n = {n}" for name, n in counts.items()]
     text = [f"# {trainings(len(studies))} on {pages.escape(studies[0].dataset)}",
-            claims.claims_table(claims_of_method(studies, lines, tests)),
+            claims.claims_table(claims_of_method(studies, titles, lines, tests)),
             "Differences are paired: of the same seed and split. Intervals and p-values are "
             "Student's over trainings (n - 1 degrees of freedom); p is Holm-corrected over each "
             "table of one part against one reference, clean images, perturbations and attacks "
