@@ -237,18 +237,16 @@ def network_tests(study):
     images and perturbations counted apart) and verdict: "better", "worse" or "no difference shown",
     each of these networks alone, or "not tested" and why.
     """
-    mine = {name: [] for name in study.parts}
-    for row in measured(study):
-        if row["split"] != "train":
-            mine[row["part"]].append(row)
+    rows = measured(study)
+    empty = {"reference": "", "difference": "", "p_holm": "", "verdict": ""}
     table = []
     for name, part in study.parts.items():
+        mine = [row | empty for row in rows if row["part"] == name and row["split"] != "train"]
         references = [other for other in REFERENCES.get(name, ()) if other in study.parts]
         for other in references:
-            table += against(part, study.parts[other], mine[name])
+            table += against(part, study.parts[other], mine)
         if not references:
-            empty = {"reference": "", "difference": "", "p_holm": "", "verdict": ""}
-            table += [row | empty for row in mine[name]]
+            table += mine
     return table
 
 
@@ -261,7 +259,7 @@ def against(part, reference, mine):
         key = row["split"], row["condition"], row["severity"]
         other = theirs.get(key)
         ours_right, theirs_right = right(part, key), right(reference, key)
-        result = row | {"reference": reference.name, "difference": "", "p_holm": ""}
+        result = row | {"reference": reference.name}
         if other is None:
             result["verdict"] = f"not tested: {reference.name} has no such figure"
         elif other["n"] != row["n"]:
@@ -394,8 +392,10 @@ def overview(table, names):
     if perturbed:
         means = over(perturbed)
         relative = {name: means[name] / (test[name] or math.nan) for name in names}
-        errors = {name: np.mean([corruption_error(over([condition]), name)
-                                 for condition in perturbed]) for name in names}
+        errors = {}
+        for name in names:
+            each = [corruption_error(line.values, name) for line in lines if line.single]
+            errors[name] = np.mean(each)
         lines += [Line("perturbed", ALL_PERTURBED, means),
                   Line("perturbed", "mPC relative to clean", relative, False),
                   Line("perturbed", "corruption error (part1: 100)", errors, False)]
