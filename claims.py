@@ -1,6 +1,5 @@
 """The table that opens a summary: claims, their evidence, and whether it supports them."""
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -183,7 +182,7 @@ def audits(study):
 
 
 def audit_claim(studies):
-    found = list(itertools.chain.from_iterable(audits(study) for study in studies))
+    found = sum(map(audits, studies), [])
     if not found:
         return []
     passed = sum(passed for _, passed in found)

@@ -95,25 +95,24 @@ def read_study(folder):
                          f"one: {sorted(studies)}; give each its own --results-dir")
     left_out = []
     parts = {}
-    part1 = ""
-    for name in common.PARTS:
+    for name in common.PARTS:  # part 1 first
+        part1 = parts["part1"].weights if "part1" in parts else ""
         part = read_part(folder, name, part1, left_out)
         if part:
             parts[name] = part
-        if part and name == "part1":
-            part1 = part.weights
     if not parts:
         raise UsageError(f"{folder} holds no table of the part that its name says: "
                          f"{'; '.join(left_out)}")
     if not any(part.accuracies for part in parts.values()):
         raise UsageError(f"{folder} holds no accuracy of any part; {report.REWRITE}")
-    seen = parts["part3"].args.get("families") if "part3" in parts else None
+    part3_args = parts["part3"].args if "part3" in parts else {}
+    seen = part3_args.get("families")
     if not isinstance(seen, list):
         seen = common.SEEN_FAMILIES
         if "part3" in parts:
             left_out.append("part3.json: names no families, is missing, or is of other weights; "
                             f"part 3 is assumed to have trained on {', '.join(seen)}")
-    shares = parts["part3"].args.get("shares") if "part3" in parts else None
+    shares = part3_args.get("shares")
     if not isinstance(shares, dict):
         shares = [name for name, family in common.FAMILY.items() if family in seen]
     dataset, split_hash = studies.pop()
