@@ -1,9 +1,9 @@
 """Every figure. None of them can cost the run, and none depends on the user's own matplotlib.
 
 Each public function writes one PNG, complete or not at all; if it cannot, it prints one line.
-`run` has the attributes part ("part3"), label ("augmented"), dataset, classes (names) and seed.
-`rows` are dicts of condition, severity (text: "", "3", or eps in 1/255), metric, value, ci_low,
-ci_high (fractions) and n.
+`run` has the attributes part ("part3"), label ("augmented"), dataset, classes (names), sizes and
+seed. `rows` are dicts of split, condition, severity (text: "", "3", or eps in 1/255), head, metric,
+value, ci_low, ci_high (fractions) and n.
 """
 
 import functools
@@ -437,8 +437,7 @@ def n_of(rows):
 
 def own_accuracies(rows):
     """The accuracies of the model's own head on the test set."""
-    rows = [r for r in rows if r["metric"] == "accuracy" and r.get("head", "own") == "own"]
-    return [r for r in rows if r.get("split", "test") == "test"]
+    return where(rows, metric="accuracy", head="own", split="test")
 
 
 def in_percent(rows, key="value"):
@@ -543,11 +542,12 @@ def draw_over_eps(axes, curves, norm, key="value", width=0):
 @guarded
 def attack(path, rows, run, norm, failed_audits):
     """Accuracy over eps under every attack in one norm ("inf" or "2"), and which audits failed."""
-    l2 = str(norm) == "2"
+    l2 = norm == "2"
+    rows = own_accuracies(rows)
     curves = []
     labels = []
     for name, look in ATTACK.items():
-        mine = [r for r in own_accuracies(rows) if attack_name(r["condition"], l2) == name]
+        mine = [r for r in rows if attack_name(r["condition"], l2) == name]
         if mine:
             curves.append((mine, look))
             labels.append(f"{look.label}, {n_of(mine)}")

@@ -60,8 +60,10 @@ def run_of(classes=ANIMALS, dataset="toys"):
 def row(condition, severity="", value=0.5, n=2000):
     return {
         "part": "part3",
+        "split": "test",
         "condition": condition,
         "severity": severity,
+        "head": "own",
         "metric": "accuracy",
         "value": value,
         "ci_low": value - 0.02,
