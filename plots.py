@@ -8,7 +8,6 @@ value, ci_low, ci_high (fractions) and n.
 
 import functools
 import math
-import re
 import unicodedata
 import warnings
 from pathlib import Path
@@ -160,8 +159,7 @@ def plain(text, width):
 
 def model_name(part, label):
     """What captions and legends call a model: "Part 3 (augmented)"."""
-    found = re.match(r"part(\d)", part)
-    return f"{f'Part {found[1]}' if found else plain(part, 30)} ({plain(label, 40)})"
+    return f"Part {part[4]} ({plain(label, 40)})"  # part: one of common.PARTS
 
 
 def described(run):
@@ -194,11 +192,6 @@ def room(values):
     low, high = (values.min(), values.max()) if len(values) else (0, 100)
     margin = max(0.05 * (high - low), 1)
     return max(low - margin, -1.5), min(high + margin, 101.5)
-
-
-def array(values):
-    """A tensor or sequence as a NumPy array."""
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -251,7 +244,8 @@ def history(path, history, run, measured=None):
 @guarded
 def confusion(path, predicted, labels, run):
     """Shares of each true class, the errors on a scale of their own. Integer labels (N,)."""
-    predicted, labels = array(predicted), array(labels)
+    predicted = torch.as_tensor(predicted).cpu().numpy()
+    labels = torch.as_tensor(labels).cpu().numpy()
     classes = len(run.classes)
     counts = np.zeros((classes, classes), int)
     np.add.at(counts, (labels, predicted), 1)
@@ -285,9 +279,8 @@ def confusion(path, predicted, labels, run):
     axes.spines[:].set_visible(False)
     right = percent(np.trace(counts) / len(labels))
     thinned = f" One class in {every} is named." if every > 1 else ""
-    n = counted([len(labels)])
-    save(figure, path, f"{described(run)} Clean test images, {n}; {right} % are right "
-         f"(gray).{thinned}")
+    save(figure, path, f"{described(run)} Clean test images, n = {len(labels):,}; {right} % are "
+         f"right (gray).{thinned}")
 
 
 def write_shares(axes, share, largest):
@@ -310,14 +303,13 @@ class Panel(NamedTuple):
 
 
 @guarded
-def umap(path, panels, run, columns=4):
+def umap(path, panels, run):
     """Maps of one UMAP fit (Panels): same axes and colours, names at the clusters' medians."""
-    panels = [Panel(p.title, array(p.points), array(p.labels)) for p in panels]
     classes = len(run.classes)
     shown = np.arange(classes)
     if classes > ALL_NAMED:
         shown = np.linspace(0, classes - 1, len(CLASS_COLORS)).round().astype(int)
-    columns = min(columns, len(panels))
+    columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     side = min(WIDTH / columns, 4)  # inches of a panel
     figure = new_figure(lines * (side + 0.32) + 0.7)
@@ -414,7 +406,7 @@ def examples(path, rows, run, what):
     side = min((WIDTH - 1.6) / number, 0.7)  # inches of an image
     figure = new_figure(len(rows) * side * height / width + 0.5)
     axes = figure.subplots()
-    axes.imshow(array(picture), interpolation="nearest")
+    axes.imshow(picture.numpy(), interpolation="nearest")
     middles = [i * (height + gap) + height / 2 for i in range(len(rows))]
     axes.set_yticks(middles, [plain(title, 26) for title, _ in rows])
     axes.set_xticks([])
