@@ -216,6 +216,7 @@ def history(path, history, run, measured=None):
     known = [(h["epoch"], *wilson_interval(h["eval_accuracy"] * n, n)) for h in history
              if math.isfinite(h["eval_accuracy"])]
     bounds = np.array(known).reshape(-1, 3) * (1, 100, 100)  # epoch, low, high
+    shown = [*accuracies.flat, *bounds[:, 1:].flat]
     if known:
         color = PART_COLORS.get(run.part, "#000000")
         handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
@@ -225,9 +226,9 @@ def history(path, history, run, measured=None):
             handles += right.plot(epochs[-1:], [100 * measured], color=color, marker="D",
                                   linestyle="", clip_on=False)
             labels.append(f"all {run.sizes['evaluation']:,}")
-            bounds = np.append(bounds, [[epochs[-1], *[100 * measured] * 2]], 0)
+            shown.append(100 * measured)
     left.set_ylabel("training loss")
-    right.set(ylabel="accuracy (%)", ylim=room([*accuracies.flat, *bounds[:, 1:].flat]))
+    right.set(ylabel="accuracy (%)", ylim=room(shown))
     for axes in (left, right):
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -356,11 +357,11 @@ def scatter(axes, panel, shown, classes):
     place = place[panel.labels[order]]  # (n,): where each point's class is in `shown`, or -1
     size = float(np.clip(5000 / len(points), 1, 7))
     axes.scatter(*points[place < 0].T, c=FAINT, s=size, linewidths=0)
-    looks = [class_look(p) for p in place]
-    for wanted in "o^":
-        mine = np.array([marker == wanted for _, marker in looks]) & (place >= 0)
-        colors = [color for (color, _), drawn in zip(looks, mine, strict=True) if drawn]
-        axes.scatter(*points[mine].T, c=colors, s=size, marker=wanted, linewidths=0, alpha=0.85)
+    looks = np.array([class_look(p) for p in place])  # (n,2): colour, marker
+    for marker in "o^":
+        mine = (looks[:, 1] == marker) & (place >= 0)
+        axes.scatter(*points[mine].T, c=looks[mine, 0].tolist(), s=size, marker=marker,
+                     linewidths=0, alpha=0.85)
 
 
 def name_clusters(axes, panel, shown, names, side):
@@ -446,13 +447,15 @@ def families(rows):
     """[(text, condition)] for each family: its heading, without condition, then its conditions."""
     blocks = []
     for family in dict.fromkeys(r["family"] for r in rows):
+        mine = where(rows, family=family)
         default = "no" if family in HELD_OUT_FAMILIES else "yes"  # a comparison's rows say it
-        notes = {r.get("in_part3_training", default) for r in where(rows, family=family)}
+        notes = {r.get("in_part3_training", default) for r in mine}
         held_out = ", held out" if "no" in notes and "yes" not in notes else ""
-        conditions = dict.fromkeys(r["condition"] for r in where(rows, family=family))
-        block = [(c.removeprefix("cifar10c ").replace("_", " "), c) for c in conditions]
-        heading = [(family[:1].upper() + family[1:] + held_out, "")] if family else []
-        blocks.append(heading + block)
+        block = [(family[:1].upper() + family[1:] + held_out, "")] if family else []
+        for condition in dict.fromkeys(r["condition"] for r in mine):
+            text = condition.removeprefix("cifar10c ").replace("_", " ")
+            block.append((text, condition))
+        blocks.append(block)
     return blocks
 
 
@@ -519,10 +522,11 @@ def draw_over_eps(axes, curves, norm, key="value", width=0):
     drawn = []
     for (rows, look), shift in zip(curves, shifts, strict=True):
         rows = sorted(rows, key=lambda r: float(r["severity"]))
-        points, ranks = in_percent(rows, key), [eps.index(float(r["severity"])) for r in rows]
+        points = in_percent(rows, key)
+        ranks = np.array([eps.index(float(r["severity"])) for r in rows])
         artists.append(axes.errorbar(
-            np.array(ranks) + shift, points[:, 0], lengths(points), color=look.color,
-            marker=look.marker, linestyle=look.line, **BARS))
+            ranks + shift, points[:, 0], lengths(points), color=look.color, marker=look.marker,
+            linestyle=look.line, **BARS))
         drawn.append(points)
     axes.set_xticks(range(len(eps)), [f"{e:g}" for e in eps])
     axes.set(xlabel=f"eps (1/255, {norm} norm)", ylabel="test accuracy (%)",
