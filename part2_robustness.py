@@ -145,7 +145,7 @@ def start(args, model, meta, data, split, device, amp):
                              f"has {ours}; leave out --dataset, --data-dir, --train-fraction, "
                              "--split-seed and --quick to use its own")
     part = meta["part"]
-    weights = common.weights_hash(model)
+    weights = checkpoints.weights_hash(model)
     checkpoints.lock(args.results_dir, part)  # no training may replace it from here on
     table = Path(args.results_dir) / f"{part}.csv"
     for row in report.read_table(table):
@@ -429,7 +429,7 @@ def finish(args, run, tested, attacked, part1):
     rows = [*tested.rows, *attacked.rows, *measured]
     report.write_record(run)
     report.write_rows(run.path(".csv"), rows)
-    report.write_correct(run, tested.correct | attacked.correct, common.weights_hash(part1))
+    report.write_correct(run, tested.correct | attacked.correct, checkpoints.weights_hash(part1))
     strongest = f"Perturbations at severity {max(args.severities)}"
     failed = [check.name for check in attacked.audit if not check.passed]
     plots.severities(run.path("_severities.png"), rows, run)

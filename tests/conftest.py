@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import perturbations  # noqa: E402
 
 META = {  # what a checkpoint must say of itself
     "part": "part1", "dataset": "toy", "classes": [str(c) for c in range(10)], "outputs": 10,
@@ -25,7 +26,7 @@ def photos():
     fields = torch.rand(40, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     images = torch.nn.functional.interpolate(fields, size=(32, 32), mode="bicubic",
                                              align_corners=True)
-    return common.to_uint8(images.clamp(0, 1))
+    return perturbations.to_uint8(images.clamp(0, 1))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import math
 
+import attacks
 import common
 import part4_angular
 import report
@@ -239,7 +240,7 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(small_photos, t
     split = common.Split(small_photos, labels, None, None, "")
     fit_head(model, split, AMP)
     images = common.to_float(small_photos)
-    with common.eval_mode(model), torch.no_grad():
+    with attacks.eval_mode(model), torch.no_grad():
         embeddings = F.normalize(model.outputs(images), dim=1)
         logits = model(images)
     means = torch.stack([F.normalize(embeddings[labels == c].mean(0), dim=0) for c in range(4)])

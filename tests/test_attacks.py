@@ -2,6 +2,7 @@
 
 import copy
 
+import attacks
 import common
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_every_module_is_in_its_former_mode_after_eval_mode(small_model):
     model = copy.deepcopy(small_model).train()
     model.backbone.bn1.eval()  # a frozen layer
     before = [module.training for module in model.modules()]
-    with common.eval_mode(model):
+    with attacks.eval_mode(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import common
 import perturbations
-from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS
+from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, to_uint8
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_color_against_torchvision(photos, monkeypatch):
 
 @pytest.mark.parametrize("severity", range(1, 6))
 def test_posterize_against_torchvision(photos, severity):
-    result = common.to_uint8(apply("posterize", photos / 255, severity))
+    result = to_uint8(apply("posterize", photos / 255, severity))
     assert torch.equal(result, tv.posterize(photos, 6 - severity))
 
 
@@ -326,10 +326,10 @@ def test_the_frozen_set_is_made_on_the_cpu(name, photos, monkeypatch):
 def test_a_tie_goes_up_whatever_the_last_bits_are():
     values = torch.arange(256, dtype=torch.float64)
     for error in (-1e-12, 0, 1e-12):
-        assert torch.equal(common.to_uint8((values[:-1] + 0.5 + error) / 255), values[1:].byte())
-    assert torch.equal(common.to_uint8((values[:-1] + 0.499) / 255), values[:-1].byte())
+        assert torch.equal(to_uint8((values[:-1] + 0.5 + error) / 255), values[1:].byte())
+    assert torch.equal(to_uint8((values[:-1] + 0.499) / 255), values[:-1].byte())
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(common.to_uint8(values.to(dtype) / 255), values.byte())
+        assert torch.equal(to_uint8(values.to(dtype) / 255), values.byte())
 
 
 def test_test_set_is_frozen(photos, monkeypatch):

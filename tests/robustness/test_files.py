@@ -453,6 +453,6 @@ def refused_before_training(tree, results, monkeypatch, name):
 
 def test_records_are_utf_8_with_their_names_as_they_are(mine):
     record = json.loads((mine / "part1.json").read_text(encoding="utf-8"))
-    assert record["weights"] == common.weights_hash(
+    assert record["weights"] == checkpoints.weights_hash(
         common.load_checkpoint(mine / "part1.pt", CPU)[0])
     assert report.read_record(mine, "part1") == record

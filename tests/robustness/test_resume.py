@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_training_does_not_pass_for_the_resumed_one(narr
     model, _ = common.load_checkpoint(mine / "part1.pt", "cpu")
     for trained, found in zip(before.parameters(), model.parameters(), strict=True):
         assert torch.equal(trained, found)  # BatchNorm's statistics may differ in their last bits
-    assert {row["weights"] for row in read(mine / "part1.csv")} == {common.weights_hash(model)}
+    assert {row["weights"] for row in read(mine / "part1.csv")} == {checkpoints.weights_hash(model)}
 
 
 def test_a_run_that_goes_on_with_other_code_says_so_and_records_both(narrow, tree, tmp_path,

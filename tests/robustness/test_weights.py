@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def weights_of(checkpoint):
-    return common.weights_hash(common.load_checkpoint(checkpoint, "cpu")[0])
+    return checkpoints.weights_hash(common.load_checkpoint(checkpoint, "cpu")[0])
 
 
 def test_all_rows_and_records_carry_the_hash_of_the_tested_weights(trained):
