@@ -198,7 +198,9 @@ def _find_classes(data_dir, split, problems):
 
 def _find_files(folder, problems):
     """The paths of all files below a class folder, sorted; adds to `problems`."""
-    found, to_do, seen = [], [(folder, "")], {os.path.realpath(folder)}
+    found = []
+    to_do = [(folder, "")]
+    seen = {os.path.realpath(folder)}
     while to_do:
         here, above = to_do.pop()
         for entry in _entries(here, problems):
