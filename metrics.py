@@ -61,7 +61,7 @@ def holm(p_values):
 
 
 class Difference(NamedTuple):
-    """A mean paired difference over trainings: its 95 % interval and p-value by Student's t."""
+    """A mean paired difference over n trainings or images, with Student's 95 % interval and p."""
 
     mean: float
     low: float
@@ -71,10 +71,11 @@ class Difference(NamedTuple):
 
 
 def paired_difference(ours, theirs):
-    """The Difference `ours - theirs` of a measure over n trainings (Student's t, n - 1 degrees).
+    """The Difference `ours - theirs` of a measure over n pairs (Student's t, n - 1 degrees).
 
-    ours, theirs: (n,) numbers, entry i of both from the same split and seed.  With one pair, or if
-    all differences are the same to rounding, the spread is unknown: unbounded interval, p of 1.
+    ours, theirs: (n,) numbers, entry i of both from the same split and seed, or image.  With one
+    pair, or if all differences are the same to rounding, the spread is unknown: unbounded interval,
+    p of 1.
     """
     from scipy.stats import t
 
