@@ -138,9 +138,9 @@ def start(args, model, meta, data, split, device, amp):
     Raises UsageError if the data are not those of the checkpoint, or if the results directory holds
     this part with other weights.
     """
-    for key, ours in (("classes", list(data.classes)), ("split_hash", split.hash)):
+    for key, what, ours in (("classes", "classes", list(data.classes)),
+                            ("split_hash", "data or split", split.hash)):
         if meta[key] != ours:
-            what = "classes" if key == "classes" else "data or split"
             raise UsageError(f"{args.checkpoint} was trained on the {what} {meta[key]}, this run "
                              f"has {ours}; leave out --dataset, --data-dir, --train-fraction, "
                              "--split-seed and --quick to use its own")

@@ -78,10 +78,9 @@ def paragraph(study, part, lines, tests):
         if row:
             sentences.append(f"Under {comparison.spoken(condition)} at 8/255 it has "
                              f"{with_interval(row)}.")
-    for reference in comparison.REFERENCES.get(part.name, ()):
-        if reference in study.parts:
-            mine = [row for row in tests if (row["part"], row["reference"])
-                    == (part.name, reference)]
+    for name, reference in comparison.pairs(study.parts):
+        if name == part.name:
+            mine = [row for row in tests if (row["part"], row["reference"]) == (name, reference)]
             sentences += compared(part, study.parts[reference], mine)
     return " ".join(sentences)
 

@@ -255,7 +255,7 @@ def claims_of_method(studies, titles, lines, tests):
             (f"{titles.get('part1')} is more accurate on its training images than on test images",
              TRAIN, TEST),
             (f"Perturbations cost {titles.get('part1')} accuracy", TEST, ALL_PERTURBED)):
-        if "part1" in titles and more in by_title and less in by_title:
+        if "part1" in titles and less in by_title:  # what was not perturbed has no such line
             change = difference(by_title[more]["part1"], by_title[less]["part1"])
             if change:
                 costs.append((claim, change))
