@@ -133,7 +133,22 @@ def check_records(name, records, not_compared):
             raise UsageError(f"{folder}/{name}.json is missing or of other weights, so that the "
                              f"arguments of {name} cannot be compared; run it again, or leave the "
                              "directory out")
-        refuse(name, not_compared, *records[0], folder, record)
+        first, expected = records[0]
+        before, now = arguments_of(expected), arguments_of(record)
+        for argument in sorted({*before, *now} - not_compared):
+            had = report.spelled(before.get(argument, "absent"))
+            has = report.spelled(now.get(argument, "absent"))
+            if argument == "shares" and "absent" in (had, has):
+                continue  # older records have none; --families says which families
+            if had != has:
+                raise UsageError(f"{name} has {checkpoints.flag(argument)} {had} in {first} and "
+                                 f"{has} in {folder}; expected trainings that differ in seeds "
+                                 "alone")
+
+
+def arguments_of(record):
+    files = record["versions"].get("CIFAR-10-C", "absent")
+    return {"cifar10c, with the files,": files} | record["args"]
 
 
 def check_data(studies):
@@ -147,22 +162,6 @@ def check_data(studies):
                 if found != expected:
                     raise UsageError(f"{other} has {what} {expected}, {study.folder} {found}; "
                                      "expected one data set")
-
-
-def refuse(name, not_compared, first, before, folder, now):
-    """Raises UsageError if two records differ in an argument, or in CIFAR-10-C's files."""
-    both = []
-    for record in (before, now):
-        files = record["versions"].get("CIFAR-10-C", "absent")
-        both.append({"cifar10c, with the files,": files} | record["args"])
-    for argument in sorted({*both[0], *both[1]} - not_compared):
-        values = [report.spelled(record.get(argument, "absent")) for record in both]
-        if argument == "shares" and "absent" in values:
-            continue  # older records have none; --families says which families
-        if values[0] != values[1]:
-            flag = checkpoints.flag(argument)
-            raise UsageError(f"{name} has {flag} {values[0]} in {first} and {values[1]} in "
-                             f"{folder}; expected trainings that differ in seeds alone")
 
 
 # ---- means and tests ----------------------------------------------------------------------------
