@@ -34,7 +34,7 @@ GROUPS = {"clean": "Clean images", "perturbed": "Perturbed test images",
           "attacked": "Attacked test images"}  # of the lines of the large tables
 SPLITS = {"train": TRAIN, "evaluation": "evaluation split", "test": TEST}
 ABOUT_HEADS = (
-    "`own` is the part's classifier; the others are fitted to the backbone's 512-d output of the "
+    "`own` is the part's classifier; the others are fitted to the backbone's output of the "
     "training images alone: nearest class mean, nearest neighbours, linear probe.")
 
 
@@ -52,7 +52,8 @@ class Part(NamedTuple):
     correct: dict  # "split/condition/severity" -> booleans (n,)
     record: dict  # of its training, or None
     part2_record: dict  # of part 2 on it, or None
-    has_part2: bool
+    has_own: bool  # a table of its own
+    has_part2: bool  # one of part 2 on it
     accuracies: dict  # (split, condition, severity) -> row of its own head; its own table first
 
     @property
@@ -165,7 +166,7 @@ def read_part(folder, name, part1, left_out):
     record = records.get(name)
     title = report.label(name, record["args"] if record else {})
     return Part(name, title, weights, first["seed"], own + part2, correct, record,
-                records.get(robustness), bool(part2), accuracies_of(own + part2))
+                records.get(robustness), bool(own), bool(part2), accuracies_of(own + part2))
 
 
 def accuracies_of(rows):
@@ -514,6 +515,8 @@ def facts(record):
         if name not in checkpoints.NO_EFFECT | of_part2 and name != "amp":
             values[code(checkpoints.flag(name))] = report.spelled(value)
     values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
+    if "optimizer" in record["versions"]:  # older records have none
+        values["optimizer"] = report.spelled(record["versions"]["optimizer"])
     values["commit"] = report.spelled(record["versions"].get("commit", "unknown"))
     return values
 

@@ -137,7 +137,7 @@ def main(argv=None):
             meter.add(loss, labels, logits)
         averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm
         accuracy = common.evaluation_accuracy(averaged, few, amp)
-        history.append(meter.finish(accuracy, scheduler))
+        history.append(meter.finish(accuracy, len(few.eval_labels), scheduler))
         report.end_epoch(run, history, state, generator)
 
     model = average.for_evaluation(split.train_images, amp)

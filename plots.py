@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from arguments import RunError
 from checkpoints import atomic
-from common import HELD_OUT_FAMILIES, few_sizes
+from common import HELD_OUT_FAMILIES
 from datasets import JPEG_COPY
 from metrics import percent, wilson_interval
 from perturbations import FAMILY
@@ -40,7 +40,7 @@ CLASS_COLORS = ("#409595", "#4080FF", "#EABF00", "#552A00", "#801555",
 PART_COLORS = {"part1": "#0072B2", "part3": "#D55E00", "part3_crop_flip": "#E6B800",
                "part4": "#009E73", "part4_augmented": "#EA95FF",
                "part4_proxies": "#AA006A", "part4_proxies_augmented": "#AA0015"}
-PART_MARKERS = dict(zip(PART_COLORS, "osvDP^X", strict=True))
+PART_MARKERS = dict(zip(PART_COLORS, "osvDP^X<>ph", strict=False))
 
 
 class Look(NamedTuple):
@@ -199,7 +199,8 @@ def room(values):
 
 @guarded
 def history(path, history, run, measured=None):
-    """Curves of the training. history: dicts of epoch, loss, train_accuracy, eval_accuracy.
+    """Curves of the training. history: dicts of epoch, loss, train_accuracy, eval_accuracy,
+    eval_n.
 
     measured: the accuracy on all evaluation images in the end, a fraction.
     """
@@ -212,7 +213,7 @@ def history(path, history, run, measured=None):
     accuracies = 100 * np.array([[h["train_accuracy"], h["eval_accuracy"]] for h in history], float)
     handles = right.plot(epochs, accuracies[:, 0], **training)
     labels = ["training batches"]
-    _, n = few_sizes(run.sizes["training"], run.sizes["evaluation"])
+    n = history[-1]["eval_n"]
     known = [(h["epoch"], *wilson_interval(h["eval_accuracy"] * n, n)) for h in history
              if math.isfinite(h["eval_accuracy"])]
     bounds = np.array(known).reshape(-1, 3) * (1, 100, 100)  # epoch, low, high
@@ -337,9 +338,9 @@ def umap(path, panels, run):
             handles.append(Line2D([], [], linestyle="", color=color, marker=marker))
         legend(figure, handles, [plain(name, 24) for name in run.classes])
     n = counted([len(p.labels) for p in panels])
-    save(figure, path, f"{described(run)} UMAP of the backbone's 512-d output, {n} images a panel, "
+    save(figure, path, f"{described(run)} UMAP of the backbone's output, {n} images a panel, "
          f"all panels in one fit.{note} The axes have no unit. Maps of different models are not "
-         "comparable; the 512-d measures above the panels are, in figures of the same name.")
+         "comparable; the measures above the panels are, in figures of the same name.")
 
 
 def class_look(place):
@@ -504,7 +505,7 @@ def severities(path, rows, run):
 
 
 def held_out_note(dataset, rows):
-    note = "Held out: part 3 never trains on it"
+    note = "Held out: part 3, with all its families, never trains on it"
     if dataset.startswith(JPEG_COPY) and where(rows, condition="jpeg"):
         note += " (but all images of this copy are JPEG)"
     return f"{note}."

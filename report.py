@@ -108,6 +108,9 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     Raises UsageError if the results directory holds another study's results, or a file that no part
     wrote under the name of one; RunError if it cannot be written to.
     """
+    if not (part in common.PARTS and part in LABELS and part in plots.PART_COLORS):
+        raise UsageError(f"no part is called {part!r}; an own one has to be added to common.PARTS, "
+                         "report.LABELS and plots.PART_COLORS")
     folder = Path(args.results_dir)
     values = {key: value for key, value in vars(args).items() if key != "command"}
     sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels),
@@ -134,9 +137,6 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     print(f"{name}: {data.name}, {len(data.classes)} classes; images: {numbers}; split "
           f"{split.hash}, seed {run.seed}\ndevice {run.device_name}; mixed precision {amp.name}",
           flush=True)
-    if name == part:
-        _, eval_n = common.few_sizes(sizes["training"], sizes["evaluation"])
-        print(f"after each epoch: accuracy on {eval_n} of the evaluation images", flush=True)
     return run
 
 
@@ -386,7 +386,15 @@ def correct(predicted, labels):
 
 
 def resume(run, state, generator):
-    """Where a training starts: (start_epoch, history); (0, []) without --resume."""
+    """Where a training starts: (start_epoch, history); (0, []) without --resume.
+
+    Records what it trains with, which no argument says.
+    """
+    optimizer, scheduler = state.get("optimizer"), state.get("scheduler")
+    settings = [f"{name} {value:g}" for name, value in getattr(optimizer, "defaults", {}).items()
+                if type(value) in (int, float)]
+    run.versions["optimizer"] = (f"{type(optimizer).__name__} ({', '.join(settings)}) with "
+                                 f"{type(scheduler).__name__}")
     return checkpoints.resume(run.path("_state.pt"), run.args["resume"], run.identity,
                               run.args["epochs"], state, generator, run.versions)
 
@@ -395,15 +403,23 @@ def end_epoch(run, history, state, generator):
     """Saves the training's state and the table of its epochs so far."""
     checkpoints.save_state(run.path("_state.pt"), run.identity, len(history), history, state,
                            generator, run.versions)
-    _, eval_n = common.few_sizes(run.sizes["training"], run.sizes["evaluation"])
-    whose = {"dataset": run.dataset, "seed": run.seed, "eval_n": eval_n}
-    write_rows(run.path("_history.csv"), [whose | values for values in history])
+    rows = []
+    for values in history:
+        whose = {"dataset": run.dataset, "seed": run.seed, "eval_n": values["eval_n"]}
+        rows.append(whose | values)
+    write_rows(run.path("_history.csv"), rows)
 
 
 def retire(run):
     """Removes part 2's results of a part's former weights, by their exact names, and says so."""
     name = robustness_name(run.part)
-    tested = {row["weights"] for row in read_table(run.folder / f"{name}.csv")} - {run.weights}
+    tested = {row["weights"] for row in read_table(run.folder / f"{name}.csv")}
+    record, images = read_record(run.folder, name), read_correct(run.folder, name)
+    if record:
+        tested.add(record["weights"])
+    if images:
+        tested.add(images.weights)
+    tested -= {run.weights}
     begun = checkpoints.tested_weights(run.folder / f"{name}_state.pt") - {run.weights}
     if tested or begun:
         endings = ROBUSTNESS_FILES if tested else ("_state.pt",)
@@ -419,12 +435,15 @@ def finish(run, model, predictions, history, repeated):
 
     Checkpoint, record and tables, then figures, none of which can end the run.
     """
+    if len(history) != run.args["epochs"]:
+        print(f"stopped after {len(history)} of {run.args['epochs']} epochs; the record says so")
+        run.args["epochs"] = len(history)
     model = saved_before(run, model) or model
     run = replace(run, weights=checkpoints.weights_hash(model))
     rows = clean_rows(run, predictions, repeated)
     head = "class_means" if isinstance(model.head, common.ClassMeans) else "none"
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
-        "outputs": model.backbone.fc.out_features, "head": head, "epoch": len(history),
+        "outputs": model.n_outputs, "head": head, "epoch": len(history),
         "metrics": headline(rows)})
     write_record(run)
     test, evaluation = predictions["test"], predictions["evaluation"]
@@ -493,16 +512,17 @@ def umap_rows(run, panels):
     rows = []
     for panel in panels:
         place = (run, panel.split, panel.condition, panel.severity)
+        dimensions = panel.features.shape[1]
         width = metrics.silhouette(panel.features, panel.labels)
         if k > 0:
             nearest = metrics.knn_predict(panel.clean_features, panel.labels, panel.features, k,
                                           not_itself=True)
             rows.append(accuracy_row(*place, "knn", nearest, panel.labels,
-                                     f"{k}-NN accuracy in 512-d"))
+                                     f"{k}-NN accuracy in {dimensions}-d"))
         else:
-            rows.append(row(*place, "knn", "k-NN in 512-d: a class has one image", math.nan,
-                            len(panel.labels)))
-        rows.append(row(*place, "", "silhouette in 512-d", width, len(panel.labels)))
+            metric = f"k-NN in {dimensions}-d: a class has one image"
+            rows.append(row(*place, "knn", metric, math.nan, len(panel.labels)))
+        rows.append(row(*place, "", f"silhouette in {dimensions}-d", width, len(panel.labels)))
     return rows
 
 
@@ -590,7 +610,12 @@ class EpochMeter:
                            "--lr or --amp off")
 
     def add(self, loss, labels, logits=None):
-        """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C)."""
+        """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C).
+
+        Of labels (B,C), as of mixed images, the largest counts.
+        """
+        if labels.ndim == 2:
+            labels = labels.argmax(1)
         self.loss = self.loss + loss.detach()
         self.steps += 1
         self.images += len(labels)
@@ -599,14 +624,15 @@ class EpochMeter:
         else:
             self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
 
-    def finish(self, evaluation_accuracy, scheduler):
-        """The epoch's history row; prints it."""
+    def finish(self, evaluation_accuracy, eval_n, scheduler):
+        """The epoch's history row, the accuracy of `eval_n` images in it; prints it."""
         train_accuracy = float(self.correct) / self.images
         train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
         print(f"epoch {self.epoch + 1:3d}  loss {self.loss:6.3f}  {train}evaluation "
-              f"{evaluation_accuracy:.3f}  {self.rate:6.0f} images/s", flush=True)
+              f"{evaluation_accuracy:.3f} of {eval_n}  {self.rate:6.0f} images/s", flush=True)
         return {"epoch": self.epoch + 1, "loss": self.loss, "train_accuracy": train_accuracy,
-                "eval_accuracy": evaluation_accuracy, "lr": scheduler.get_last_lr()[0]}
+                "eval_accuracy": evaluation_accuracy, "eval_n": eval_n,
+                "lr": scheduler.get_last_lr()[0]}
 
 
 def progress(items, title, total=None, initial=0):

@@ -56,7 +56,8 @@ def share_of(args):
 def paragraph(study, part, lines, tests):
     """What one part shows, in sentences made from its numbers."""
     loss = escape(part.label.split(" + ")[0].split(",")[0])
-    question = QUESTIONS[part.name].format(share=share_of(part.args), loss=loss)
+    question = QUESTIONS.get(part.name, "What does it change?")
+    question = question.format(share=share_of(part.args), loss=loss)
     accuracies = part.accuracies
     sentences = [f"**{part.title}. {question}**"]
     clean = []
@@ -235,9 +236,11 @@ def summary(study, table, whole, tests):
              "## Audit of the attacks", audit_text(study), "## What ran", what_ran(study),
              "## Left out", bullets(study.left_out), missing(study), "## Figures"]
     names = ["comparison"]
-    for name in study.parts:
-        for file in (name, report.robustness_name(name)):
-            names += [f"{file}_{ending}" for ending in ENDINGS]
+    for name, part in study.parts.items():
+        files = {name: part.has_own, report.robustness_name(name): part.has_part2}
+        for file, has_table in files.items():
+            if has_table:  # else they are of a former model
+                names += [f"{file}_{ending}" for ending in ENDINGS]
     for name in names:
         if (study.folder / f"{name}.png").is_file():
             text.append(f"![{name.replace('_', ' ')}]({name}.png)")

@@ -138,8 +138,8 @@ def check_records(name, records, not_compared):
         for argument in sorted({*before, *now} - not_compared):
             had = report.spelled(before.get(argument, "absent"))
             has = report.spelled(now.get(argument, "absent"))
-            if argument == "shares" and "absent" in (had, has):
-                continue  # older records have none; --families says which families
+            if argument in ("shares", "optimizer") and "absent" in (had, has):
+                continue  # older records have none
             if had != has:
                 raise UsageError(f"{name} has {checkpoints.flag(argument)} {had} in {first} and "
                                  f"{has} in {folder}; expected trainings that differ in seeds "
@@ -147,8 +147,9 @@ def check_records(name, records, not_compared):
 
 
 def arguments_of(record):
-    files = record["versions"].get("CIFAR-10-C", "absent")
-    return {"cifar10c, with the files,": files} | record["args"]
+    versions = record["versions"]
+    return {"cifar10c, with the files,": versions.get("CIFAR-10-C", "absent"),
+            "optimizer": versions.get("optimizer", "absent")} | record["args"]
 
 
 def check_data(studies):

@@ -264,7 +264,7 @@ def test_class_means_are_of_what_the_model_puts_out(small_photos, tiny_backbone)
     model = Projected(16, common.ClassMeans(4, 16))
     labels = torch.arange(40) % 4
     fit_head(model, common.Split(small_photos, labels, None, None, ""), AMP)
-    with common.eval_mode(model), torch.no_grad():
+    with attacks.eval_mode(model), torch.no_grad():
         embeddings = F.normalize(model.outputs(common.to_float(small_photos)), dim=1)
     for c in range(4):
         mean = embeddings[labels == c].mean(0)

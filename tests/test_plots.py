@@ -73,7 +73,8 @@ def row(condition, severity="", value=0.5, n=2000):
 
 
 HISTORY = [
-    {"epoch": e, "loss": 2.0 / e, "train_accuracy": 0.3 + e / 20, "eval_accuracy": 0.4, "lr": 0.1}
+    {"epoch": e, "loss": 2.0 / e, "train_accuracy": 0.3 + e / 20, "eval_accuracy": 0.4,
+     "eval_n": 500, "lr": 0.1}
     for e in range(1, 5)
 ]
 PERTURBED = [row("clean", value=0.9)]
@@ -625,9 +626,8 @@ def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, 
 
 
 def test_every_curve_of_a_training_stands_at_its_epochs(tmp_path, drawn):
-    run = run_of()
-    run.sizes = {"training": 300, "evaluation": 1200, "test": 300}  # 0.3 * 300 // 5 are watched
-    plots.history(tmp_path / "x.png", [h | {"eval_accuracy": 0.5} for h in HISTORY], run)
+    watched = {"eval_accuracy": 0.5, "eval_n": 18}
+    plots.history(tmp_path / "x.png", [h | watched for h in HISTORY], run_of())
     left, right = drawn["x.png"][0].axes
     assert [list(line.get_xdata()) for line in (*left.lines, *right.lines)] == 3 * [[1, 2, 3, 4]]
     band = right.collections[0].get_paths()[0].vertices

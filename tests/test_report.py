@@ -20,7 +20,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def run_of(folder, sizes):
-    args = {"resume": False, "no_umap": True, "umap_points": 10}
+    args = {"resume": False, "no_umap": True, "umap_points": 10, "epochs": 0}
     return report.Run("part1", "cross-entropy", "part1", folder, "part1.pt", "0" * 12, "toy",
                       CLASSES, sizes, "abc", 0, args, "x", {}, torch.device("cpu"), "cpu", "off")
 
@@ -77,8 +77,17 @@ def test_an_epochs_loss_is_the_mean_of_its_steps_and_its_accuracy_of_its_images(
     meter = report.EpochMeter(0, 1, batches, 2)
     for loss, logits in meter:
         meter.add(torch.tensor(loss), labels, logits)
-    row = meter.finish(0.5, types.SimpleNamespace(get_last_lr=lambda: [0.1]))
-    assert row == {"epoch": 1, "loss": 2, "train_accuracy": 0.75, "eval_accuracy": 0.5, "lr": 0.1}
+    row = meter.finish(0.5, 10, types.SimpleNamespace(get_last_lr=lambda: [0.1]))
+    assert row == {"epoch": 1, "loss": 2, "train_accuracy": 0.75, "eval_accuracy": 0.5,
+                   "eval_n": 10, "lr": 0.1}
+
+
+def test_mixed_labels_count_as_the_class_of_the_largest_share():
+    logits = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    meter = report.EpochMeter(0, 1, [None, None], 2)
+    for labels in (torch.tensor([[0.7, 0.3], [0.6, 0.4]]), torch.tensor([[0.2, 0.8], [0.1, 0.9]])):
+        meter.add(torch.tensor(1.0), labels, logits)
+    assert (int(meter.correct), meter.images) == (2, 4)
 
 
 def test_figures_show_the_evaluation_accuracy_and_the_tests_confusion(tmp_path, monkeypatch,

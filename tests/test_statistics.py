@@ -139,7 +139,7 @@ def test_neighbours_are_no_more_than_the_smallest_class_has():
     assert metrics.neighbours_for(torch.tensor([0, 0, 5, 5, 5])) == 2  # 1 to 4 are not there
     panel = report.Panel("clean", "test", "clean", "", features, labels, features)
     neighbours, width = report.umap_rows(a_run(), [panel])
-    assert (neighbours["value"], neighbours["metric"]) == (1, "5-NN accuracy in 512-d")
+    assert (neighbours["value"], neighbours["metric"]) == (1, "5-NN accuracy in 4-d")
     assert width["value"] > 0.9
     prediction = common.Prediction(torch.eye(2)[labels], features, labels)
     predictions = dict.fromkeys(("train", "evaluation", "test"), prediction)
@@ -154,7 +154,7 @@ def test_all_panels_ask_as_many_neighbours():
               report.Panel("few", "test", "clean", "", features[some], labels[some],
                            features[some])]
     metrics_found = [row["metric"] for row in report.umap_rows(a_run(), panels)]
-    assert metrics_found[::2] == ["2-NN accuracy in 512-d"] * 2
+    assert metrics_found[::2] == ["2-NN accuracy in 4-d"] * 2
 
 
 def test_a_class_of_one_image_has_no_neighbour_measure():
@@ -162,7 +162,7 @@ def test_a_class_of_one_image_has_no_neighbour_measure():
     panel = report.Panel("clean", "test", "clean", "", features[:7], labels[:7], features[:7])
     neighbours, _ = report.umap_rows(a_run(), [panel])
     assert math.isnan(neighbours["value"])
-    assert neighbours["metric"] == "k-NN in 512-d: a class has one image"
+    assert neighbours["metric"] == "k-NN in 4-d: a class has one image"
 
 
 def test_the_tables_have_training_accuracy_and_repeated_images():

@@ -1132,3 +1132,25 @@ def test_the_command_line_takes_folders(tmp_path):
     assert parser.prog == "summary.py"
     assert summary.compare_trainings is trainings.compare_trainings
     assert set(summary.QUESTIONS) == set(common.PARTS)
+
+
+def test_figures_without_a_table_of_their_own_are_not_shown(tmp_path):
+    two_parts(tmp_path, {"gaussian_noise": 0.5}, {"gaussian_noise": 0.4})
+    for name in ("part1_history", "part2_fgsm", "part3_history", "part3_robustness_fgsm"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    (tmp_path / "part2.csv").unlink()
+    summary.compare(tmp_path)
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    shown = [name for name in ("part1_history", "part2_fgsm", "part3_history",
+                               "part3_robustness_fgsm") if f"({name}.png)" in text]
+    assert shown == ["part1_history", "part3_history", "part3_robustness_fgsm"]
+
+
+def test_trainings_of_other_optimizers_are_not_averaged(tmp_path):
+    folders = [training(tmp_path, seed, {CLEAN: 0.7}) for seed in (1, 2)]
+    for folder, optimizer in zip(folders, ("Muon (lr 0.02)", "AdamW (lr 0.001)"), strict=True):
+        record = json.loads((folder / "part1.json").read_text(encoding="utf-8"))
+        record["versions"]["optimizer"] = optimizer
+        (folder / "part1.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"optimizer Muon \(lr 0.02\) in .* and AdamW"):
+        trainings.compare_trainings(folders)

@@ -82,6 +82,17 @@ def test_without_the_right_to_remove_or_chmod_a_run_goes_on(
     assert (mine / "part3_robustness.csv").exists()
 
 
+@pytest.mark.parametrize("lost", [("part2.csv",), ("part2.csv", "part2.json"),
+                                  ("part2.csv", "part2_correct.npz")])
+def test_what_part_2_wrote_of_former_weights_goes_without_its_table_too(tree, mine, lost):
+    for name in lost:
+        (mine / name).unlink()
+    code, error, out = call("part1_baseline", on_tree(tree, mine, "--seed", 4))
+    assert code == 0, error
+    assert "as of the former weights" in out
+    assert not list(mine.glob("part2*"))
+
+
 def read_only(folder, monkeypatch, number):
     """Lets nothing be opened for writing in a folder; root may write where the mode forbids it."""
     honest_open, honest_os_open, honest_touch = open, os.open, pathlib.Path.touch

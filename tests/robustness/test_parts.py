@@ -9,7 +9,9 @@ import sys
 import checkpoints
 import common
 import datasets
+import muon
 import part2_robustness
+import part3_augmented
 import report
 
 import numpy as np
@@ -334,3 +336,45 @@ def test_severities_and_eps_that_stand_twice_count_once():
 def test_examples_are_of_all_classes(labels, expected):
     labels = torch.tensor(labels)
     assert labels[part2_robustness.of_all_classes(labels)].tolist() == list(expected)
+
+
+class Stops(muon.Muon):
+    """A student's other optimizer."""
+
+
+def test_what_trains_and_how_long_is_recorded_compared_and_told(narrow, tree, tmp_path,
+                                                                monkeypatch):
+    """No argument says it: edited lines do."""
+    code, error, _ = call("part1_baseline", on_tree(tree, tmp_path))
+    assert code == 0, error
+    monkeypatch.setattr("muon.Muon", Stops)
+    code, error, out = call("part3_augmented", on_tree(tree, tmp_path, "--no-part2"))
+    assert code == 0, error
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("part1", "part3")]
+    found = [record["versions"]["optimizer"] for record in records]
+    assert found[0] == "Muon (lr 0.02, momentum 0.9, weight_decay 0.001) with OneCycleLR"
+    assert found[1] == found[0].replace("Muon", "Stops")
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert f"optimizer ({found[1]}; part1 {found[0]})" in text.replace("\\_", "_")
+    assert "stopped after" not in out
+
+
+def test_a_training_that_stops_early_is_recorded_with_its_epochs(narrow, tree, tmp_path,
+                                                                 monkeypatch):
+    finish = report.finish
+    monkeypatch.setattr(report, "finish", lambda run, model, predictions, history, repeated: finish(
+        run, model, predictions, history[:1], repeated))  # as after a student's `break`
+    code, error, out = call("part1_baseline", [*on_tree(tree, tmp_path), "--epochs", 2])
+    assert code == 0, error
+    assert "stopped after 1 of 2 epochs" in out
+    assert json.loads((tmp_path / "part1.json").read_text())["args"]["epochs"] == 1
+    assert common.load_checkpoint(tmp_path / "part1.pt", "cpu")[1]["args"]["epochs"] == 1
+
+
+def test_a_part_of_a_students_own_name_is_refused_with_what_it_needs(narrow, tree, tmp_path,
+                                                                     monkeypatch):
+    monkeypatch.setattr(part3_augmented, "part_name", lambda args: "part5")
+    code, error, _ = call("part3_augmented", on_tree(tree, tmp_path, "--no-part2"))
+    assert code == 2
+    assert "'part5'" in error and "common.PARTS" in error
+    assert not list(tmp_path.glob("part5*"))

@@ -191,7 +191,7 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_records_both(narrow, tre
         assert code == (0 if i else 130)
         assert ("begun with commit abc, and goes on with def-dirty" in out) == (i > 0)
     record = json.loads((tmp_path / "part1.json").read_text(encoding="utf-8"))
-    assert record["versions"] == {"commit": "abc, then def-dirty"}
+    assert record["versions"]["commit"] == "abc, then def-dirty"
 
 
 def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatch):
