@@ -6,7 +6,7 @@ from typing import NamedTuple
 import common
 import metrics
 import report
-from comparison import HELD_OUT, JPEG_NOTE, SEEN, TEST, pairs, right, spoken, verdict
+from comparison import HELD_OUT, JPEG_NOTE, SEEN, TEST, other_pixels, pairs, right, spoken, verdict
 from metrics import percent
 from pages import escape, markdown_table
 
@@ -112,6 +112,9 @@ def mean_right(part, keys):
 
 def image_difference(ours, theirs, keys):
     """The metrics.Difference of two networks over the same images, or None."""
+    for severities in keys.values():
+        if any(other_pixels(ours, theirs, key) for key in severities):
+            return None
     mine, other = mean_right(ours, keys), mean_right(theirs, keys)
     if mine is None or other is None or mine.shape != other.shape:
         return None

@@ -50,6 +50,7 @@ class Part(NamedTuple):
     seed: int
     rows: list  # of its own table, then of part 2's on it
     correct: dict  # "split/condition/severity" -> booleans (n,)
+    pixels: dict  # of perturbed images, the same -> hash of them; {} in older files
     record: dict  # of its training, or None
     part2_record: dict  # of part 2 on it, or None
     has_own: bool  # a table of its own
@@ -147,6 +148,7 @@ def read_part(folder, name, part1, left_out):
     part2 = [row for row in part2 if same(f"{robustness}.csv", row["weights"])]
     correct = {}
     records = {}
+    pixels = {}
     made_on = "that no file names"
     for file in (robustness, name):  # the part's own images replace part 2's
         images = report.read_correct(folder, file)
@@ -154,6 +156,7 @@ def read_part(folder, name, part1, left_out):
             correct |= images.images
             if file == robustness:
                 made_on = images.part1
+                pixels = images.pixels
         record = report.read_record(folder, file)
         if record and same(f"{file}.json", record["weights"]):
             records[file] = record
@@ -165,7 +168,7 @@ def read_part(folder, name, part1, left_out):
             part2 = kept
     record = records.get(name)
     title = report.label(name, record["args"] if record else {})
-    return Part(name, title, weights, first["seed"], own + part2, correct, record,
+    return Part(name, title, weights, first["seed"], own + part2, correct, pixels, record,
                 records.get(robustness), bool(own), bool(part2), accuracies_of(own + part2))
 
 
@@ -271,6 +274,8 @@ def against(part, reference, mine):
                 result["verdict"] = "not tested: an attack needs several trainings"
             elif row["family"] == "CIFAR-10-C" and published(part) != published(reference):
                 result["verdict"] = "not tested: CIFAR-10-C's files are not known to be the same"
+            elif other_pixels(part, reference, key):
+                result["verdict"] = "not tested: the code perturbed their images differently"
             elif ours_right is None or theirs_right is None:
                 result["verdict"] = "not tested: which images are right is not known of both"
             else:
@@ -288,6 +293,15 @@ def against(part, reference, mine):
 def published(part):
     """The hash of CIFAR-10-C's files that a part was tested on, or None."""
     return part.part2_record["versions"].get("CIFAR-10-C") if part.part2_record else None
+
+
+def other_pixels(ours, theirs, key):
+    """Whether two parts were tested on other images under one name: by code edited in between.
+
+    key: (split, condition, severity).
+    """
+    mine, other = ours.pixels.get("/".join(key)), theirs.pixels.get("/".join(key))
+    return mine != other and None not in (mine, other)
 
 
 def right(part, key):

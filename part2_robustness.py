@@ -16,6 +16,7 @@ _fgsm.png, _adversarial.png, _umap.png (for part 3's checkpoint results/part3_ro
 """
 
 import contextlib
+import hashlib
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -195,6 +196,7 @@ class Tested(NamedTuple):
 
     rows: list
     correct: dict  # "test/condition/severity" → booleans (N,)
+    pixels: dict  # the same → hash of the perturbed images
     panels: list  # of the UMAP
     examples: list  # (title, images)
 
@@ -221,7 +223,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
     example_idx = attack_idx[of_all_classes(labels[attack_idx])]
     of_umap = clean.features[umap_idx]
     panel = report.Panel("clean", "test", "clean", "", of_umap, labels[umap_idx], of_umap)
-    tested = Tested([], {}, [panel], [("clean", images[example_idx])])
+    tested = Tested([], {}, {}, [panel], [("clean", images[example_idx])])
     record(tested, run, "clean", "", clean.logits.argmax(1), labels,
            metrics.calibration_error(clean.logits, labels))
 
@@ -237,6 +239,8 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
             finished.add((name, severity), (logits.argmax(1), calibration_error, some))
         predicted, calibration_error, features = finished.values[name, severity]
         record(tested, run, name, severity, predicted, labels, calibration_error)
+        sha = hashlib.sha256(perturbed.cpu().numpy())
+        tested.pixels[f"test/{name}/{severity}"] = sha.hexdigest()[:12]
         title = f"{name} {severity}".replace("_", " ").strip()
         if strongest:
             tested.examples.append((title, perturbed[example_idx]))
@@ -429,7 +433,8 @@ def finish(args, run, tested, attacked, part1):
     rows = [*tested.rows, *attacked.rows, *measured]
     report.write_record(run)
     report.write_rows(run.path(".csv"), rows)
-    report.write_correct(run, tested.correct | attacked.correct, checkpoints.weights_hash(part1))
+    report.write_correct(run, tested.correct | attacked.correct, checkpoints.weights_hash(part1),
+                         tested.pixels)
     strongest = f"Perturbations at severity {max(args.severities)}"
     failed = [check.name for check in attacked.audit if not check.passed]
     plots.severities(run.path("_severities.png"), rows, run)

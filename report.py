@@ -1,6 +1,7 @@
 """What a part writes: the record of its run, rows, CSV files, and tables on the terminal."""
 
 import csv
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -119,8 +120,8 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
     trained = meta or {"args": values, "seed": args.seed}
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
-              data.classes, sizes, split.hash, trained["seed"], values, args.command, versions(),
-              device, device_name(device), amp.name)
+              data.classes, sizes, split.hash, trained["seed"], values, args.command,
+              dict(versions_at_start()), device, device_name(device), amp.name)
     for row in read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
             raise UsageError(f"{folder} holds results on {row['dataset']}, split "
@@ -158,6 +159,12 @@ def tell_what_is_replaced(run):
     if differing:
         print(f"{run.path('.csv')}, made with {', '.join(differing)}, and what belongs to it will "
               "be replaced; to keep it, stop now and give another --results-dir")
+
+
+@functools.cache
+def versions_at_start():
+    """`versions` when this process asked first: code that is edited while it runs does not run."""
+    return versions()
 
 
 def versions():
@@ -356,12 +363,14 @@ class Correct(NamedTuple):
     weights: str
     part1: str  # hash of the part 1 whose adversarial images were tried, or "none"
     images: dict
+    pixels: dict  # of perturbed images: {"split/condition/severity": hash of their pixels}
 
 
-def write_correct(run, images, part1="none"):
+def write_correct(run, images, part1="none", pixels=None):
     """Writes a Correct as .npz, complete or not at all."""
     with checkpoints.atomic(run.path("_correct.npz")) as temporary:
-        np.savez_compressed(temporary, weights=run.weights, part1=part1, **images)
+        np.savez_compressed(temporary, weights=run.weights, part1=part1,
+                            pixels=json.dumps(pixels or {}), **images)
 
 
 def read_correct(folder, name):
@@ -372,7 +381,8 @@ def read_correct(folder, name):
             images = {key: file[key] for key in file.files if "/" in key}
             if any(array.dtype != bool or array.ndim != 1 for array in images.values()):
                 raise ValueError("arrays that are no booleans")
-            return Correct(str(file["weights"]), str(file["part1"]), images)
+            pixels = json.loads(str(file["pixels"])) if "pixels" in file.files else {}
+            return Correct(str(file["weights"]), str(file["part1"]), images, dict(pixels))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # a damaged archive can fail anywhere in zlib and numpy

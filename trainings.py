@@ -153,7 +153,7 @@ def arguments_of(record):
 
 
 def check_data(studies):
-    """Raises UsageError unless all records have the same classes and numbers of images."""
+    """Raises UsageError unless all have the same classes, numbers of images, perturbed images."""
     known = {}
     for study in studies:
         for part in study.parts.values():
@@ -163,6 +163,12 @@ def check_data(studies):
                 if found != expected:
                     raise UsageError(f"{other} has {what} {expected}, {study.folder} {found}; "
                                      "expected one data set")
+            for condition, pixels in part.pixels.items():  # the same in every part and training
+                other, expected = known.setdefault(condition, (study.folder, pixels))
+                if pixels != expected:
+                    raise UsageError(f"{other} and {study.folder} were tested on other images "
+                                     f"under {condition}: the code that perturbs them was edited "
+                                     "in between; run part 2 again")
 
 
 # ---- means and tests ----------------------------------------------------------------------------

@@ -1154,3 +1154,15 @@ def test_trainings_of_other_optimizers_are_not_averaged(tmp_path):
         (folder / "part1.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UsageError, match=r"optimizer Muon \(lr 0.02\) in .* and AdamW"):
         trainings.compare_trainings(folders)
+
+
+def test_trainings_tested_on_other_pixels_are_refused(tmp_path):
+    folders = []
+    for seed, pixels in ((1, "abc"), (2, "abc"), (3, "def")):
+        folders.append(training(tmp_path, seed, {CLEAN: 0.7} | perturbed(rotation=0.6)))
+        found = report.read_correct(folders[-1], "part2")
+        run = run_of(folders[-1], "part2", "part1", found.weights)
+        report.write_correct(run, found.images, found.part1, {"test/rotation/3": pixels})
+    trainings.compare_trainings(folders[:2])
+    with pytest.raises(UsageError, match="other images under test/rotation/3: .* run part 2 again"):
+        trainings.compare_trainings(folders)

@@ -23,6 +23,7 @@ import arguments
 import checkpoints
 import common
 import plots
+import report
 
 import numpy as np
 import pytest
@@ -159,6 +160,7 @@ def call(script, argv):
     What raises here would be a traceback there.
     """
     module = importlib.import_module(script)
+    report.versions_at_start.cache_clear()  # as in a process of its own
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (contextlib.redirect_stderr(err), contextlib.redirect_stdout(out),

@@ -1,5 +1,6 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the bit."""
 
+import csv
 import json
 import random
 import shutil
@@ -10,6 +11,7 @@ import time
 import checkpoints
 import common
 import part2_robustness
+import perturbations
 import plots
 import report
 
@@ -280,3 +282,30 @@ def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mi
         assert code == 0, error
         assert state.exists() == stays
         assert ("as of the former weights" in out) != stays
+
+
+def test_a_run_is_of_the_code_that_it_began_with(narrow, tree, tmp_path, monkeypatch):
+    """Part 3 trains for long; what is edited meanwhile is not what its part 2 runs."""
+    commits = iter(("abc", "def", "ghi"))
+    monkeypatch.setattr(report, "versions", lambda: {"commit": next(commits)})
+    code, error, _ = call("part3_augmented", on_tree(tree, tmp_path))
+    assert code == 0, error
+    for name in ("part3", "part3_robustness"):
+        record = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+        assert record["versions"]["commit"] == "abc"
+
+
+def test_images_that_edited_code_perturbs_are_not_compared_as_the_same(narrow, trained, tmp_path,
+                                                                       monkeypatch):
+    mine = tmp_path / "results"
+    shutil.copytree(trained, mine)
+    changed = perturbations.PERTURBATIONS["vertical_flip"]
+    monkeypatch.setitem(perturbations.PERTURBATIONS, "rotation",
+                        lambda *arguments: changed(*arguments))
+    code, error, _ = call("part2_robustness", on_checkpoint(mine / "part3.pt", mine))
+    assert code == 0, error
+    with open(mine / "comparison.csv", newline="", encoding="utf-8") as file:
+        said = {(row["part"], row["condition"]): row["verdict"] for row in csv.DictReader(file)}
+    assert said["part3", "rotation"] == "not tested: the code perturbed their images differently"
+    assert not said["part3", "cutout"].startswith("not tested")
+    assert "under perturbations that part 3 trains on" not in (mine / "summary.md").read_text()
