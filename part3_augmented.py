@@ -1,8 +1,8 @@
 """Part 3: what does perturbed training data change?
 
 Trains as part 1 does, on images that are perturbed anew in every epoch; then measures what parts 1
-and 2 measure. Blur and compression are never trained on (common.HELD_OUT_FAMILIES): does robustness
-carry over to them?
+and 2 measure. Blur and compression are never trained on (common.HELD_OUT_FAMILIES; a JPEG copy's
+images are compressed themselves): does robustness carry over to them?
 
     python part3_augmented.py                     (crop and flip alone: --families none)
 
