@@ -21,6 +21,7 @@ import common
 import muon
 import report
 import summary
+import terminal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def main(argv=None):
     for epoch in range(start_epoch, args.epochs):
         model.train()
         batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
-        meter = report.EpochMeter(epoch, args.epochs, batches, steps)
+        meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             with amp.autocast():

@@ -30,6 +30,7 @@ import metrics
 import plots
 import report
 import summary
+import terminal
 from arguments import UsageError
 
 import numpy as np
@@ -85,7 +86,7 @@ def main(argv=None):
     run = start(args, model, meta, data, split, device, amp)
     finished = finished_before(args, run, published_hash)
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
-    clock = report.Clock()
+    clock = terminal.Clock()
 
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
@@ -229,7 +230,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
 
     began = time.perf_counter()
     conditions = list_conditions(names, args.severities)
-    for i, (name, severity) in enumerate(report.progress(conditions, "perturbations")):
+    for i, (name, severity) in enumerate(terminal.progress(conditions, "perturbations")):
         perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
         strongest = severity in ("", max(args.severities))
         if (name, severity) not in finished.values:
@@ -249,7 +250,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
                                               labels[umap_idx], of_umap))
         if i == 0 and len(conditions) > 2 and not args.resume:
             seconds = (time.perf_counter() - began) * (len(conditions) - 1)
-            print(f"about {report.duration(seconds)} for the other {len(conditions) - 1} "
+            print(f"about {terminal.duration(seconds)} for the other {len(conditions) - 1} "
                   "conditions, then the attacks", flush=True)
     return tested
 
@@ -332,7 +333,7 @@ def attack(args, run, model, images, labels, part1=None):
     excess = 0.0  # largest |delta| - eps
     example_idx = of_all_classes(labels)
     plan = plan_sweep(names, directions, sweep, audited)
-    for name, eps_255 in report.progress(plan, "FGSM"):
+    for name, eps_255 in terminal.progress(plan, "FGSM"):
         eps = eps_255 / 255
         adversarial = (images + eps * directions[name]).clamp(0, 1)
         logits, features[name, eps_255], _ = common.predict(model, adversarial, float32)
@@ -340,7 +341,7 @@ def attack(args, run, model, images, labels, part1=None):
         excess = max(excess, excess_over(eps, images, adversarial, args.norm))
         if name == names.fgsm:
             examples.append((f"FGSM {eps_255:g}/255", adversarial[example_idx]))
-    for eps_255 in report.progress(audited, "PGD"):
+    for eps_255 in terminal.progress(audited, "PGD"):
         for name, victim in ((names.pgd, model), (f"{names.pgd}_unit", common.UnitLogits(model))):
             adversarial = common.pgd(victim, images[few], labels[few], eps_255 / 255,
                                      p_norm(args.norm))
@@ -442,10 +443,10 @@ def finish(args, run, tested, attacked, part1):
     plots.examples(run.path("_adversarial.png"), attacked.examples, run, "FGSM: attacked images")
     plots.attack(run.path("_fgsm.png"), rows, run, args.norm, failed)
     report.draw_umap(run, panels, measured)
-    report.print_accuracies(f"{args.checkpoint} on the test set", rows)
-    report.print_table("Audit of the attack", ("check", "found", "passed"),
-                       [(check.name, check.found, "yes" if check.passed else "NO")
-                        for check in attacked.audit])
+    terminal.print_accuracies(f"{args.checkpoint} on the test set", rows)
+    terminal.print_table("Audit of the attack", ("check", "found", "passed"),
+                         [(check.name, check.found, "yes" if check.passed else "NO")
+                          for check in attacked.audit])
     with contextlib.suppress(OSError):  # last: a run killed before does not start anew
         run.path("_state.pt").unlink()
     return rows

@@ -20,6 +20,7 @@ import muon
 import part2_robustness
 import report
 import summary
+import terminal
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ def main(argv=None):
     for epoch in range(start_epoch, args.epochs):
         model.train()
         batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
-        meter = report.EpochMeter(epoch, args.epochs, batches, steps)
+        meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             images = augment(images, generator, average.steps, args.families)

@@ -28,6 +28,7 @@ import muon
 import part2_robustness
 import report
 import summary
+import terminal
 from part3_augmented import SHARES, augment
 
 import torch
@@ -151,7 +152,7 @@ def main(argv=None):
         model.train()
         batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size,
                                           generator)
-        meter = report.EpochMeter(epoch, args.epochs, batches, steps)
+        meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]
             if args.augment:

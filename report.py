@@ -1,4 +1,4 @@
-"""What a part writes: the record of its run, rows, CSV files, and tables on the terminal."""
+"""What a part writes: the record of its run, its rows, its files."""
 
 import csv
 import functools
@@ -9,8 +9,6 @@ import math
 import platform
 import shutil
 import subprocess
-import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +17,7 @@ import checkpoints
 import common
 import metrics
 import plots
+import terminal
 from arguments import RunError, UsageError, first_line
 from metrics import percent
 
@@ -473,7 +472,8 @@ def finish(run, model, predictions, history, repeated):
     plots.history(run.path("_history.png"), history, run, headline(rows)["evaluation"])
     plots.confusion(run.path("_confusion.png"), test.logits.argmax(1), test.labels, run)
     draw_umap(run, panels, measured)
-    print_accuracies(f"{run.part} ({run.label}): {len(history)} epochs, averaged weights", rows)
+    title = f"{run.part} ({run.label}): {len(history)} epochs, averaged weights"
+    terminal.print_accuracies(title, rows)
     return rows
 
 
@@ -574,128 +574,3 @@ def draw_umap(run, panels, measured):
     except RunError as error:
         print(f"{error}; the tables stand")
     plots.umap(files[1], drawn, run)
-
-
-# ---- the terminal -------------------------------------------------------------------------------
-
-FIRST_STEPS = 2  # what is loaded, measured or compiled in them, is so once a run
-TIMED_STEPS = 10  # the next, which tell how long the run will take
-
-
-class EpochMeter:
-    """Iterates over an epoch's batches, and sums what its history row needs without a sync.
-
-    The bar counts the steps of the whole run; after the first steps one line says how long that is.
-    """
-
-    def __init__(self, epoch, epochs, batches, steps):
-        self.epoch = epoch
-        self.left = (epochs - epoch) * steps
-        title = f"epoch {epoch + 1:3d}/{epochs}"
-        self.bar = progress(batches, title, total=epochs * steps, initial=epoch * steps)
-        self.loss = 0.0
-        self.correct = 0
-        self.images = 0
-        self.steps = 0
-        self.rate = math.nan
-
-    def __iter__(self):
-        start = time.perf_counter()
-        long = self.epoch == 0 and self.left > 20 * TIMED_STEPS
-        for batch in self.bar:
-            yield batch
-            if long and self.steps == FIRST_STEPS:
-                float(self.loss)  # waits for the device
-                timed = time.perf_counter()
-            if long and self.steps == FIRST_STEPS + TIMED_STEPS:
-                float(self.loss)
-                seconds = (time.perf_counter() - timed) / TIMED_STEPS * self.left
-                print(f"about {duration(seconds)} for {self.left:,} steps", flush=True)
-            if not self.bar.disable and self.steps % 10 == 0:  # waits only where a person watches
-                self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
-        self.rate = self.images / (time.perf_counter() - start)
-        self.loss = float(self.loss) / self.steps
-        if not math.isfinite(self.loss):
-            raise RunError(f"the loss became {self.loss} in epoch {self.epoch + 1}; try a lower "
-                           "--lr or --amp off")
-
-    def add(self, loss, labels, logits=None):
-        """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C).
-
-        Of labels (B,C), as of mixed images, the largest counts.
-        """
-        if labels.ndim == 2:
-            labels = labels.argmax(1)
-        self.loss = self.loss + loss.detach()
-        self.steps += 1
-        self.images += len(labels)
-        if logits is None:
-            self.correct = math.nan
-        else:
-            self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
-
-    def finish(self, evaluation_accuracy, eval_n, scheduler):
-        """The epoch's history row, the accuracy of `eval_n` images in it; prints it."""
-        train_accuracy = float(self.correct) / self.images
-        train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
-        print(f"epoch {self.epoch + 1:3d}  loss {self.loss:6.3f}  {train}evaluation "
-              f"{evaluation_accuracy:.3f} of {eval_n}  {self.rate:6.0f} images/s", flush=True)
-        return {"epoch": self.epoch + 1, "loss": self.loss, "train_accuracy": train_accuracy,
-                "eval_accuracy": evaluation_accuracy, "eval_n": eval_n,
-                "lr": scheduler.get_last_lr()[0]}
-
-
-def progress(items, title, total=None, initial=0):
-    """The items, with a progress bar where a person watches."""
-    from tqdm import tqdm
-
-    return tqdm(items, title, total, leave=False, initial=initial, unit="step",
-                disable=not sys.stderr.isatty())
-
-
-def duration(seconds):
-    """Seconds in the unit a person would use."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-class Clock:
-    """Adds up the seconds of each stage."""
-
-    def __init__(self):
-        self.stages = []
-        self.last = time.perf_counter()
-
-    def stop(self, stage):
-        now = time.perf_counter()
-        self.stages.append((stage, f"{now - self.last:.0f}"))
-        self.last = now
-
-    def print(self):
-        print_table("Time", ("stage", "seconds"), self.stages)
-
-
-def print_table(title, header, rows):
-    """An aligned table on the terminal; the first column to the left, the others to the right."""
-    lines = [[str(cell) for cell in line] for line in [header, *rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    print(f"\n{title}")
-    for line in lines:
-        text = "  " + line[0].ljust(widths[0])
-        for cell, width in zip(line[1:], widths[1:], strict=True):
-            text += "  " + cell.rjust(width)
-        print(text)
-
-
-def print_accuracies(title, rows):
-    lines = []
-    for values in rows:
-        if values["metric"] == "accuracy":
-            condition = f"{values['condition']} {values['severity']}".strip()
-            interval = f"{percent(values['ci_low'])} - {percent(values['ci_high'])}"
-            lines.append((condition, values["split"], values["head"], percent(values["value"]),
-                          interval, values["n"]))
-    print_table(title, ("condition", "split", "head", "accuracy %", "95 % interval", "n"), lines)

@@ -21,6 +21,7 @@ import comparison
 import pages
 import plots
 import report
+import terminal
 from claims import points, probability, with_interval
 from metrics import percent
 from pages import bullets, code, escape, markdown_table
@@ -266,8 +267,8 @@ def compare(folder):
     pages.write(study.folder / "summary.html", text)
     body = [(pages.plain(line.title), *map(comparison.cell, line.values.values()))
             for line in comparison.overview(table, study.parts)]
-    report.print_table(f"Comparison on {study.dataset}, accuracy in % ({study.folder}/summary.md)",
-                       ("", *study.parts), body)
+    title = f"Comparison on {study.dataset}, accuracy in % ({study.folder}/summary.md)"
+    terminal.print_table(title, ("", *study.parts), body)
     for sentence in study.left_out:
         print(f"Left out of the comparison: {sentence}")
     return tests

@@ -11,6 +11,7 @@ import comparison
 import metrics
 import pages
 import report
+import terminal
 from arguments import UsageError
 from comparison import ALL_PERTURBED, ALPHA, GROUPS, TEST, TRAIN, Line
 from metrics import percent
@@ -69,8 +70,8 @@ def compare_trainings(folders):
     for line in lines:
         spreads = [spread(line.values[name], n) for name, n in counts.items()]
         body.append((pages.plain(line.title), *spreads))
-    report.print_table(f"{studies[0].dataset}, accuracy in %, mean ± standard deviation over "
-                       f"trainings ({parent / 'trainings.md'})", ("", *counts), body)
+    terminal.print_table(f"{studies[0].dataset}, accuracy in %, mean ± standard deviation over "
+                         f"trainings ({parent / 'trainings.md'})", ("", *counts), body)
     return rows
 
 

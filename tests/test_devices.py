@@ -10,6 +10,7 @@ import part2_robustness
 import part3_augmented
 import part4_angular
 import report
+import terminal
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def steps_in(monkeypatch):
             epoch.loss = float(epoch.loss) / epoch.steps
             epoch.rate = 0.0
 
-        monkeypatch.setattr(report.EpochMeter, "__iter__", iterate)
+        monkeypatch.setattr(terminal.EpochMeter, "__iter__", iterate)
     return install
 
 

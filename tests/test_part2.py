@@ -265,11 +265,11 @@ def test_each_map_shows_and_measures_its_own_images(study):
         features = features_of(study.model, images).numpy()
         assert np.allclose(panel.points, features, atol=1e-3)
         assert (panel.labels == labels).all()
-        neighbours = study.values[name, severity, f"{k}-NN accuracy in 512-d"]
+        neighbours = study.values[name, severity, f"{k}-NN accuracy in 64-d"]
         width = silhouette_score(features, labels)
         assert neighbours == pytest.approx(nearest_neighbours(clean, labels, features, k),
                                            abs=1.01 / POINTS)
-        assert study.values[name, severity, "silhouette in 512-d"] == pytest.approx(width, abs=1e-3)
+        assert study.values[name, severity, "silhouette in 64-d"] == pytest.approx(width, abs=1e-3)
         found = f"{k}-NN {100 * neighbours:.1f} %, silhouette {width:.2f}"
         assert panel.title == f"{title}\n{found}"
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import common
 import plots
 import report
+import terminal
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_an_epochs_loss_is_the_mean_of_its_steps_and_its_accuracy_of_its_images(
     right = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # of labels 0 and 1
     batches = [(1.0, right), (3.0, right[[0, 0]])]  # loss, logits
     labels = torch.tensor([0, 1])
-    meter = report.EpochMeter(0, 1, batches, 2)
+    meter = terminal.EpochMeter(0, 1, batches, 2)
     for loss, logits in meter:
         meter.add(torch.tensor(loss), labels, logits)
     row = meter.finish(0.5, 10, types.SimpleNamespace(get_last_lr=lambda: [0.1]))
@@ -84,7 +85,7 @@ def test_an_epochs_loss_is_the_mean_of_its_steps_and_its_accuracy_of_its_images(
 
 def test_mixed_labels_count_as_the_class_of_the_largest_share():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    meter = report.EpochMeter(0, 1, [None, None], 2)
+    meter = terminal.EpochMeter(0, 1, [None, None], 2)
     for labels in (torch.tensor([[0.7, 0.3], [0.6, 0.4]]), torch.tensor([[0.2, 0.8], [0.1, 0.9]])):
         meter.add(torch.tensor(1.0), labels, logits)
     assert (int(meter.correct), meter.images) == (2, 4)
@@ -160,7 +161,7 @@ def test_printed_accuracies_have_their_interval_and_n(capsys):
     predicted = torch.arange(1000) >= 700
     run = run_of(None, {})
     row = report.accuracy_row(run, "test", "rotation", 3, "own", predicted, torch.zeros(1000))
-    report.print_accuracies("title", [row])
+    terminal.print_accuracies("title", [row])
     line = " ".join(capsys.readouterr().out.splitlines()[-1].split())
     assert line == "rotation 3 test own 70.0 67.1 - 72.8 1000"  # Wilson's interval
 
@@ -168,4 +169,4 @@ def test_printed_accuracies_have_their_interval_and_n(capsys):
 @pytest.mark.parametrize(("seconds", "said"), [
     (99, "99 s"), (150, "2 min"), (5400, "90 min"), (9000, "2.5 h")])
 def test_a_duration_is_said_in_the_unit_of_a_person(seconds, said):
-    assert report.duration(seconds) == said
+    assert terminal.duration(seconds) == said
