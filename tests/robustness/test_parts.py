@@ -261,7 +261,7 @@ def test_cifar10c_conditions_that_are_finished_are_not_predicted_again(tmp_path,
     amp = common.Amp("off", torch.device("cpu"))
     outcomes = []
     for _ in range(2):
-        tested = part2_robustness.Tested([], {}, [], [])
+        tested = part2_robustness.Tested([], {}, {}, [], [])
         finished = checkpoints.resume_finished(tmp_path / "state.pt", True, {}, "cpu", {})
         part2_robustness.test_published(tested, run_here, small_model, published, amp, finished)
         outcomes.append((tested.rows, {k: list(v) for k, v in tested.correct.items()}))
