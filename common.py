@@ -375,7 +375,7 @@ class Model(nn.Module):
         self.backbone.maxpool = nn.Identity()
         for block in self.backbone.layer4:
             for name, conv in list(block.named_children()):
-                if name.startswith("conv") and conv.kernel_size == (3, 3) and conv.groups == 1:
+                if name.startswith("conv") and SideBySide.computes(conv):
                     setattr(block, name, SideBySide(conv))
         self.head = head or nn.Identity()
 
@@ -398,6 +398,12 @@ class SideBySide(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
                          conv.padding, bias=False, device="meta")  # no random weights
         self.weight = conv.weight
+
+    @staticmethod
+    def computes(conv):
+        """Whether this is what a convolution computes, which a student may have edited."""
+        return (conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1)
+                and conv.groups == 1 and conv.bias is None and conv.padding_mode == "zeros")
 
     def forward(self, images):
         width, stride = images.shape[3], self.stride[1]
@@ -648,6 +654,8 @@ def check_meta(meta):
     expected = len(meta["classes"]) if meta["head"] == "none" else EMBEDDING_DIM
     if meta["outputs"] != expected:
         raise ValueError(f"a last layer of {meta['outputs']} numbers, expected {expected}")
+    if any(type(value) is not float for value in meta["metrics"].values()):
+        raise ValueError(f"metrics {meta['metrics']}")
     check_data_arguments(meta["args"])
 
 

@@ -34,8 +34,9 @@ GROUPS = {"clean": "Clean images", "perturbed": "Perturbed test images",
           "attacked": "Attacked test images"}  # of the lines of the large tables
 SPLITS = {"train": TRAIN, "evaluation": "evaluation split", "test": TEST}
 ABOUT_HEADS = (
-    "`own` is the part's classifier; the others are fitted to the backbone's output of the "
-    "training images alone: nearest class mean, nearest neighbours, linear probe.")
+    "`own` is the part's classifier; the others are fitted to the features (the input of the "
+    "network's last layer) of the training images alone: nearest class mean, nearest neighbours, "
+    "linear probe.")
 
 
 # ---- what a folder holds ------------------------------------------------------------------------
@@ -117,6 +118,13 @@ def read_study(folder):
     shares = part3_args.get("shares")
     if not isinstance(shares, dict):
         shares = [name for name, family in common.FAMILY.items() if family in seen]
+    for name, other in pairs(parts):
+        differing = [key.removeprefix("test/").replace("/", " ") for key in parts[name].pixels
+                     if other_pixels(parts[name], parts[other], key.split("/"))]
+        if differing:
+            left_out.append(f"{name} against {other} under {', '.join(differing)}: their perturbed "
+                            "images differ (other code, data or versions), so that means compare "
+                            "other things; run part 2 on both again")
     dataset, split_hash = studies.pop()
     return Study(folder, dataset, split_hash, parts, left_out, seen, [*shares])
 
@@ -275,7 +283,7 @@ def against(part, reference, mine):
             elif row["family"] == "CIFAR-10-C" and published(part) != published(reference):
                 result["verdict"] = "not tested: CIFAR-10-C's files are not known to be the same"
             elif other_pixels(part, reference, key):
-                result["verdict"] = "not tested: the code perturbed their images differently"
+                result["verdict"] = "not tested: their perturbed images differ"
             elif ours_right is None or theirs_right is None:
                 result["verdict"] = "not tested: which images are right is not known of both"
             else:
@@ -529,8 +537,9 @@ def facts(record):
         if name not in checkpoints.NO_EFFECT | of_part2 and name != "amp":
             values[code(checkpoints.flag(name))] = report.spelled(value)
     values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
-    if "optimizer" in record["versions"]:  # older records have none
-        values["optimizer"] = report.spelled(record["versions"]["optimizer"])
+    values["optimizer"] = report.spelled(record["versions"].get("optimizer", "unknown"))
+    if "stopped" in record["versions"]:
+        values["stopped"] = report.spelled(record["versions"]["stopped"])
     values["commit"] = report.spelled(record["versions"].get("commit", "unknown"))
     return values
 

@@ -203,7 +203,8 @@ class Tested(NamedTuple):
 
 
 def finished_before(args, run, published_hash):
-    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
+    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or
+    None, hash of the pixels).
 
     published_hash: of CIFAR-10-C's files.  Kept among the run's versions, so that results on other
     files are told apart.
@@ -233,15 +234,15 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
     for i, (name, severity) in enumerate(terminal.progress(conditions, "perturbations")):
         perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
         strongest = severity in ("", max(args.severities))
-        if (name, severity) not in finished.values:
+        pixels = hashlib.sha256(perturbed.cpu().numpy()).hexdigest()[:12]
+        if finished.values.get((name, severity), ())[3:] != (pixels,):  # not yet, or of other code
             logits, features, _ = common.predict(model, perturbed, amp)
             calibration_error = metrics.calibration_error(logits, labels)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
-            finished.add((name, severity), (logits.argmax(1), calibration_error, some))
-        predicted, calibration_error, features = finished.values[name, severity]
+            finished.add((name, severity), (logits.argmax(1), calibration_error, some, pixels))
+        predicted, calibration_error, features, _ = finished.values[name, severity]
         record(tested, run, name, severity, predicted, labels, calibration_error)
-        sha = hashlib.sha256(perturbed.cpu().numpy())
-        tested.pixels[f"test/{name}/{severity}"] = sha.hexdigest()[:12]
+        tested.pixels[f"test/{name}/{severity}"] = pixels
         title = f"{name} {severity}".replace("_", " ").strip()
         if strongest:
             tested.examples.append((title, perturbed[example_idx]))

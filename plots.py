@@ -338,7 +338,7 @@ def umap(path, panels, run):
             handles.append(Line2D([], [], linestyle="", color=color, marker=marker))
         legend(figure, handles, [plain(name, 24) for name in run.classes])
     n = counted([len(p.labels) for p in panels])
-    save(figure, path, f"{described(run)} UMAP of the backbone's output, {n} images a panel, "
+    save(figure, path, f"{described(run)} UMAP of the last layer's input, {n} images a panel, "
          f"all panels in one fit.{note} The axes have no unit. Maps of different models are not "
          "comparable; the measures above the panels are, in figures of the same name.")
 

@@ -110,7 +110,8 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     """
     if not (part in common.PARTS and part in LABELS and part in plots.PART_COLORS):
         raise UsageError(f"no part is called {part!r}; an own one has to be added to common.PARTS, "
-                         "report.LABELS and plots.PART_COLORS")
+                         "report.LABELS, plots.PART_COLORS and, with what it is compared, "
+                         "comparison.REFERENCES")
     folder = Path(args.results_dir)
     values = {key: value for key, value in vars(args).items() if key != "command"}
     sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels),
@@ -397,15 +398,22 @@ def correct(predicted, labels):
 def resume(run, state, generator):
     """Where a training starts: (start_epoch, history); (0, []) without --resume.
 
-    Records what it trains with, which no argument says.
+    Records what no argument says: the optimizer with its numbers, and the schedule's class.
     """
     optimizer, scheduler = state.get("optimizer"), state.get("scheduler")
-    settings = [f"{name} {value:g}" for name, value in getattr(optimizer, "defaults", {}).items()
-                if type(value) in (int, float)]
+    settings = []
+    for name, value in getattr(optimizer, "defaults", {}).items():
+        if value is not None and value is not False:
+            settings.append(f"{name} {value:g}" if type(value) is float else f"{name} {value}")
     run.versions["optimizer"] = (f"{type(optimizer).__name__} ({', '.join(settings)}) with "
                                  f"{type(scheduler).__name__}")
-    return checkpoints.resume(run.path("_state.pt"), run.args["resume"], run.identity,
-                              run.args["epochs"], state, generator, run.versions)
+    start_epoch, history = checkpoints.resume(
+        run.path("_state.pt"), run.args["resume"], run.identity, run.args["epochs"], state,
+        generator, run.versions)
+    _, eval_n = common.few_sizes(run.sizes["training"], run.sizes["evaluation"])
+    for values in history:
+        values.setdefault("eval_n", eval_n)  # of states that did not have it yet
+    return start_epoch, history
 
 
 def end_epoch(run, history, state, generator):
@@ -445,8 +453,8 @@ def finish(run, model, predictions, history, repeated):
     Checkpoint, record and tables, then figures, none of which can end the run.
     """
     if len(history) != run.args["epochs"]:
-        print(f"stopped after {len(history)} of {run.args['epochs']} epochs; the record says so")
-        run.args["epochs"] = len(history)
+        run.versions["stopped"] = f"after epoch {len(history)} of {run.args['epochs']}"
+        print(f"stopped {run.versions['stopped']}; the record says so")
     model = saved_before(run, model) or model
     run = replace(run, weights=checkpoints.weights_hash(model))
     rows = clean_rows(run, predictions, repeated)
@@ -513,7 +521,7 @@ class Panel(NamedTuple):
 
 
 def umap_rows(run, panels):
-    """What the maps show, measured in 512 dimensions, where models can be compared.
+    """What the maps show, measured among the features themselves, where models can be compared.
 
     The neighbour measure asks the clean images of the panel, the image itself left out, as many of
     them in all panels; where the smallest class has one image it is nan.

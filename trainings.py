@@ -21,6 +21,7 @@ import numpy as np
 
 NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `made_with` tells of it
 NOT_COMPARED_PART2 = {*NOT_COMPARED, "checkpoint", "batch_size", "cifar10c"}
+RECORDED = ("optimizer", "stopped")  # of a record's versions; no flags
 HEADS = ["own", "class_means", "knn", "probe"]
 MAIN_ATTACK = "FGSM 8/255"  # that a claim is made of
 
@@ -129,28 +130,34 @@ def check(studies):
 
 def check_records(name, records, not_compared):
     """Raises UsageError if (folder, record) of one part differ in what changes results."""
+    arguments = []
     for folder, record in records:
         if record is None:
             raise UsageError(f"{folder}/{name}.json is missing or of other weights, so that the "
                              f"arguments of {name} cannot be compared; run it again, or leave the "
                              "directory out")
-        first, expected = records[0]
-        before, now = arguments_of(expected), arguments_of(record)
-        for argument in sorted({*before, *now} - not_compared):
-            had = report.spelled(before.get(argument, "absent"))
-            has = report.spelled(now.get(argument, "absent"))
-            if argument in ("shares", "optimizer") and "absent" in (had, has):
-                continue  # older records have none
-            if had != has:
-                raise UsageError(f"{name} has {checkpoints.flag(argument)} {had} in {first} and "
-                                 f"{has} in {folder}; expected trainings that differ in seeds "
-                                 "alone")
+        arguments.append((folder, arguments_of(record)))
+    for argument in sorted({key for _, values in arguments for key in values} - not_compared):
+        found = []
+        for folder, values in arguments:
+            value = report.spelled(values.get(argument, "absent"))
+            if value != "absent" or argument not in ("shares", "optimizer"):  # new in records
+                found.append((folder, value))
+        for folder, value in found:
+            first, expected = found[0]
+            if value != expected:
+                flag = argument if argument in RECORDED else checkpoints.flag(argument)
+                raise UsageError(f"{name} has {flag} {expected} in {first} and {value} in "
+                                 f"{folder}; expected trainings that differ in seeds alone")
 
 
 def arguments_of(record):
+    """A run's arguments, and what of its versions is compared as they are."""
     versions = record["versions"]
-    return {"cifar10c, with the files,": versions.get("CIFAR-10-C", "absent"),
-            "optimizer": versions.get("optimizer", "absent")} | record["args"]
+    found = {"cifar10c, with the files,": versions.get("CIFAR-10-C", "absent")}
+    for name in RECORDED:
+        found[name] = versions.get(name, "absent")
+    return found | record["args"]
 
 
 def check_data(studies):
@@ -165,11 +172,12 @@ def check_data(studies):
                     raise UsageError(f"{other} has {what} {expected}, {study.folder} {found}; "
                                      "expected one data set")
             for condition, pixels in part.pixels.items():  # the same in every part and training
-                other, expected = known.setdefault(condition, (study.folder, pixels))
+                tested = f"{part.name} in {study.folder}"
+                other, expected = known.setdefault(condition, (tested, pixels))
                 if pixels != expected:
-                    raise UsageError(f"{other} and {study.folder} were tested on other images "
-                                     f"under {condition}: the code that perturbs them was edited "
-                                     "in between; run part 2 again")
+                    raise UsageError(f"{other} and {tested} were tested on different images under "
+                                     f"{condition}, by other code, data or versions; run part 2 on "
+                                     "both again")
 
 
 # ---- means and tests ----------------------------------------------------------------------------

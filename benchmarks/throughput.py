@@ -5,7 +5,7 @@
 (a) usual: float32, NCHW, a DataLoader with two workers and PIL transforms, as most public scripts.
 (b) ours:  the pipelines of part 1 and part 3.
 (c) bare:  the same model step on one fixed batch, without any data pipeline: the ceiling of (b).
-(d) compiled: ours with --compile, its compilation not counted.
+(d) compiled: ours with --compile, its compilation not counted (--no-compile: without).
 In batches of 128, as the usual scripts train, and of 64, as ours do.
 The four take turns; a figure is the median over the rounds. Random images serve: speed does not
 depend on them.
@@ -36,6 +36,8 @@ def parse_args():
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                        help="time --compile, which not every machine can, as (d)")
     return parser.parse_args()
 
 
@@ -85,8 +87,9 @@ def main():
     slow_net, slow_optimizer = model(False)
     fast_net, fast_optimizer = model(True)
     compiled_net, compiled_optimizer = model(True)
-    common.compile_backbone(compiled_net, device)
-    inference = common.Inference(fast_net, compiled=True)
+    if args.compile:
+        common.compile_backbone(compiled_net, device)
+    inference = common.Inference(fast_net, args.compile)
     average = common.WeightAverage(fast_net, power=12)
     on_device, y_device = images.to(device), labels.to(device)
     step_number = itertools.count()

@@ -187,7 +187,9 @@ def test_another_block_predicts_what_it_trains(small_photos, monkeypatch, block)
     assert torch.allclose(predicted, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [{}, {"kernel_size": 5, "padding": 2}, {"groups": 2}])
+@pytest.mark.parametrize("change", [{}, {"kernel_size": 5, "padding": 2}, {"groups": 2},
+                                    {"bias": True}, {"dilation": 2, "padding": 2},
+                                    {"padding_mode": "reflect"}])
 def test_only_3x3_convolutions_of_all_channels_lie_side_by_side(monkeypatch, change):
     """Others would mix neighbouring images, or are not what `wide` computes."""
     words = {"kernel_size": 3, "padding": 1, "bias": False} | change

@@ -295,17 +295,66 @@ def test_a_run_is_of_the_code_that_it_began_with(narrow, tree, tmp_path, monkeyp
         assert record["versions"]["commit"] == "abc"
 
 
+@pytest.mark.parametrize("edited", [False, True])
 def test_images_that_edited_code_perturbs_are_not_compared_as_the_same(narrow, trained, tmp_path,
-                                                                       monkeypatch):
+                                                                       monkeypatch, edited):
     mine = tmp_path / "results"
     shutil.copytree(trained, mine)
-    changed = perturbations.PERTURBATIONS["vertical_flip"]
-    monkeypatch.setitem(perturbations.PERTURBATIONS, "rotation",
-                        lambda *arguments: changed(*arguments))
+    if edited:
+        another = perturbations.PERTURBATIONS["vertical_flip"]
+        monkeypatch.setitem(perturbations.PERTURBATIONS, "rotation",
+                            lambda *arguments: another(*arguments))
     code, error, _ = call("part2_robustness", on_checkpoint(mine / "part3.pt", mine))
     assert code == 0, error
     with open(mine / "comparison.csv", newline="", encoding="utf-8") as file:
         said = {(row["part"], row["condition"]): row["verdict"] for row in csv.DictReader(file)}
-    assert said["part3", "rotation"] == "not tested: the code perturbed their images differently"
+    differ = said["part3", "rotation"] == "not tested: their perturbed images differ"
+    assert differ == edited
     assert not said["part3", "cutout"].startswith("not tested")
-    assert "under perturbations that part 3 trains on" not in (mine / "summary.md").read_text()
+    text = (mine / "summary.md").read_text(encoding="utf-8")
+    assert ("perturbations that part 3 trains on" in text) != edited
+    told = "part3 against part1 under rotation 3: their perturbed images differ"
+    assert (told in text) == edited
+
+
+def test_what_was_tested_on_other_pixels_is_tested_again(narrow, trained, tmp_path, monkeypatch):
+    """A resumed part 2 keeps predictions, but of the images that the code makes now alone."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    another = perturbations.PERTURBATIONS["vertical_flip"]
+    argv = on_checkpoint(tmp_path / "part3.pt", tmp_path, "--resume")
+    shutil.copy(trained / "part3.pt", tmp_path)
+    finish = part2_robustness.finish
+    monkeypatch.setattr(part2_robustness, "finish", interrupted)
+    assert call("part2_robustness", argv)[0] == 130
+    monkeypatch.setattr(part2_robustness, "finish", finish)
+    monkeypatch.setitem(perturbations.PERTURBATIONS, "rotation",
+                        lambda *arguments: another(*arguments))
+    predicted = []
+    predict = common.predict
+    monkeypatch.setattr(common, "predict", lambda model, images, amp, *rest: predicted.append(
+        images.dtype) or predict(model, images, amp, *rest))
+    assert call("part2_robustness", argv)[0] == 0
+    assert predicted.count(torch.uint8) == 2  # clean images and rotation's, not cutout's
+    rows = read(tmp_path / "part3_robustness.csv")
+    assert [row["condition"] for row in rows if row["metric"] == "accuracy"].count("rotation") == 1
+
+
+def test_a_state_from_before_n_was_in_it_goes_on(narrow, tree, tmp_path, monkeypatch):
+    save = checkpoints.save_state
+
+    def older(path, identity, epochs, history, *rest):
+        for row in history:
+            del row["eval_n"]
+        save(path, identity, epochs, history, *rest)
+        raise KeyboardInterrupt
+
+    argv = [*on_tree(tree, tmp_path, "--resume"), "--epochs", 2]
+    monkeypatch.setattr(checkpoints, "save_state", older)
+    assert call("part1_baseline", argv)[0] == 130
+    monkeypatch.setattr(checkpoints, "save_state", save)
+    code, error, _ = call("part1_baseline", argv)
+    assert code == 0, error
+    history = read(tmp_path / "part1_history.csv")
+    assert [(row["epoch"], row["eval_n"]) for row in history] == [("1", "2"), ("2", "2")]
