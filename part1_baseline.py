@@ -6,7 +6,7 @@ features an image: the network has seen none of these images.
 
     python part1_baseline.py
 
-15 epochs: 150,000 images, 21 to 52 minutes on one core with bf16. Accuracy on the 10,000 test
+15 epochs: 150,000 images, 22 to 52 minutes on one core with bf16. Accuracy on the 10,000 test
 images of a JPEG copy of CIFAR-10: 77.5 ± 0.1 %, mean and standard deviation of three trainings on
 three splits (results/reference).
 
