@@ -15,6 +15,7 @@ Prints the table and writes it to benchmarks/results/<machine>.md.
 import argparse
 import itertools
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -236,7 +237,8 @@ def processor():
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
             facts[key.strip()] = value.strip()
-        return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
+        model = re.sub(r"\((R|TM)\)| Processor", "", facts["model name"])
+        return f"{model} family {facts['cpu family']} model {facts['model']}"
     except (OSError, KeyError):
         return platform.machine()
 
