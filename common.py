@@ -15,9 +15,15 @@ from typing import NamedTuple
 import checkpoints
 import datasets
 from arguments import LABEL_SMOOTHING, UsageError, check_data_arguments, first_line
-from attacks import UnitLogits, fgsm, fgsm_direction, pgd  # noqa: F401 (parts call them common's)
+from attacks import UnitLogits as UnitLogits  # x as x: part of this module's interface
+from attacks import fgsm as fgsm
+from attacks import fgsm_direction as fgsm_direction
+from attacks import pgd as pgd
 from metrics import class_means
-from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb  # noqa: F401 (the same)
+from perturbations import FAMILY
+from perturbations import NO_SEVERITY as NO_SEVERITY
+from perturbations import PERTURBATIONS as PERTURBATIONS
+from perturbations import perturb as perturb
 
 import numpy as np
 import torch

@@ -304,7 +304,7 @@ def published(part):
 
 
 def other_pixels(ours, theirs, key):
-    """Whether two parts were tested on other images under one name: by code edited in between.
+    """Whether two parts were tested on other images under one name: of other code or versions.
 
     key: (split, condition, severity).
     """
