@@ -205,8 +205,12 @@ def robustness_name(part):
 
 
 def spelled(value):
-    """An argument's value as the command line has it."""
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+    """An argument's value as the command line has it; 2.0 as 2, as which it was recorded once."""
+    if isinstance(value, list):
+        return " ".join(map(spelled, value)) or "none"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 # ---- rows ---------------------------------------------------------------------------------------

@@ -414,9 +414,10 @@ def test_the_audits_that_pass_are_counted(tmp_path):
 
 
 def test_every_differing_argument_is_named(tmp_path):
-    write(run_of(tmp_path, "part1", "part1", A, weight_decay=0.002, data_dir="x"), {CLEAN: 0.7})
+    write(run_of(tmp_path, "part1", "part1", A, weight_decay=0.002, data_dir="x", lr=1,
+                 eps_255=[0, 8]), {CLEAN: 0.7})
     write(run_of(tmp_path, "part3", "part3", B, seed=3, epochs=30, weight_decay=0.001,
-                 families=["noise"], data_dir="y"), {CLEAN: 0.9})
+                 families=["noise"], data_dir="y", lr=1.0, eps_255=[0.0, 8.0]), {CLEAN: 0.9})
     found = re.search("Their trainings differ in (.*)$", text_of(tmp_path), re.M)[1]
     assert found == ("`--seed` (3; part1 0), `--split-seed` (3; part1 0), `--epochs` (30; part1 6),"
                      " `--weight-decay` (0.001; part1 0.002); arguments of one alone: `--families` "
