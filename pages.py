@@ -21,6 +21,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; color: var(-
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .5rem;
   border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
 p, ul { max-width: 48rem; }
 .table { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem;

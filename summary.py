@@ -30,7 +30,11 @@ from trainings import compare_trainings
 import numpy as np
 
 STUDY = ("part1", "part3", "part4")  # the other parts are variants of these
-ENDINGS = ("history", "confusion", "umap", "severities", "examples", "fgsm", "adversarial")
+FIGURES = {"history": "learning curve", "confusion": "confusion matrix",
+           "umap": "UMAP of unseen images"}
+PART2_FIGURES = {"severities": "accuracy by severity", "examples": "perturbed images",
+                 "fgsm": "accuracy under attack", "adversarial": "attacked images",
+                 "umap": "UMAP of clean, perturbed and attacked images"}
 QUESTIONS = {
     "part1": "How well does a network generalize from {share} of the training images?",
     "part3": "What does perturbed training data change?",
@@ -54,41 +58,38 @@ def share_of(args):
     return f"{100 * fraction:g} %" if isinstance(fraction, float | int) else "a part"
 
 
-def paragraph(study, part, lines, tests):
-    """What one part shows, in sentences made from its numbers."""
+def findings(study, part, lines, tests):
+    """What one part shows, as a Markdown list of sentences made from its numbers."""
     loss = escape(part.label.split(" + ")[0].split(",")[0])
     question = QUESTIONS.get(part.name, "What does it change?")
     question = question.format(share=share_of(part.args), loss=loss)
-    accuracies = part.accuracies
-    sentences = [f"**{part.title}. {question}**"]
-    clean = []
-    for split in ("evaluation", "test"):
-        row = accuracies.get((split, "clean", ""))
-        if row:
-            clean.append(f"{with_interval(row)} of the {split} images")
-    if clean:
-        sentences.append(f"This network classifies {' and '.join(clean)} right.")
-    train = accuracies.get(("train", "clean", ""))
-    test = accuracies.get(("test", "clean", ""))
-    if train and test:
-        sentences.append(f"Of the {train['n']:,} images that it was trained on it has "
-                         f"{percent(train['value'])} %: a generalization gap (training - "
-                         f"test) of {percent(train['value'] - test['value'])} points.")
-    sentences += perturbed_sentence(part.name, lines)
-    for condition in claims.STRONGEST:
-        row = accuracies.get(("test", condition, "8"))
-        if row:
-            sentences.append(f"Under {comparison.spoken(condition)} at 8/255 it has "
-                             f"{with_interval(row)}.")
+    items = [*clean_findings(part), *perturbed_findings(part.name, lines), *attack_findings(part)]
     for name, reference in comparison.pairs(study.parts):
         if name == part.name:
             mine = [row for row in tests if (row["part"], row["reference"]) == (name, reference)]
-            sentences += compared(part, study.parts[reference], mine)
-    return " ".join(sentences)
+            items.append(compared(part, study.parts[reference], mine))
+    return "\n".join([f"### {part.title}: {question}\n", *[f"- {item}" for item in items]])
 
 
-def perturbed_sentence(name, lines):
-    """[one sentence on a part's mean and its worst perturbation], or []."""
+def clean_findings(part):
+    """[the sentence on clean images], or []."""
+    found = []
+    for split in ("evaluation", "test"):
+        row = part.accuracies.get((split, "clean", ""))
+        if row:
+            found.append(f"{with_interval(row)} of the {split} images")
+    train = part.accuracies.get(("train", "clean", ""))
+    test = part.accuracies.get(("test", "clean", ""))
+    if train:
+        found.append(f"{percent(train['value'])} % of its {train['n']:,} training images")
+    if train and test:
+        gap = percent(train["value"] - test["value"])
+        found.append(f"a generalization gap (training - test) of {gap} points")
+    return [f"**Clean:** {', '.join(found)}."] if found else []
+
+
+def perturbed_findings(name, lines):
+    """[the sentence on a part's mean and its worst perturbation], or []."""
     worst = None
     mean = math.nan
     for line in lines:
@@ -99,33 +100,42 @@ def perturbed_sentence(name, lines):
             worst = line
     if not math.isfinite(mean):
         return []
-    return [f"Perturbed, {percent(mean)} % in the mean; least under {worst.title}, "
+    return [f"**Perturbed:** {percent(mean)} % on average, lowest under {worst.title}: "
             f"{percent(worst.values[name])} %."]
 
 
+def attack_findings(part):
+    """[the sentence on attacks at 8/255], or []."""
+    found = []
+    for condition in reversed(claims.STRONGEST):
+        row = part.accuracies.get(("test", condition, "8"))
+        if row:
+            found.append(f"{comparison.spoken(condition)} {with_interval(row)}")
+    return [f"**Attacked** at 8/255: {', '.join(found)}."] if found else []
+
+
 def compared(part, reference, tests):
-    """Sentences on one network against another, and on what else differs between them."""
-    sentences = []
+    """A sentence on one network against another, and what else differs between them."""
+    found = []
     counts = {"better": 0, "worse": 0, "no difference shown": 0}
     attacks = {}
     for row in tests:
         if row["condition"] == "clean" and row["p_holm"] != "":
             said = row["verdict"].replace("no difference shown", "not told apart")
-            sentences.append(f"On clean {row['split']} images {points(row['difference'])}, p "
-                             f"{probability(row['p_holm'])}: {said}.")
+            found.append(f"{points(row['difference'])} on clean {row['split']} images, p "
+                         f"{probability(row['p_holm'])}: {said}")
         elif row["p_holm"] != "":
             counts[row["verdict"]] += 1
         elif row["family"] == "attack" and row["verdict"].endswith("others"):
             attacks[row["verdict"].removeprefix("not tested: ")] = None
     if sum(counts.values()):
-        sentences.append(f"Of {sum(counts.values())} perturbed conditions this network is better "
-                         f"in {counts['better']}, worse in {counts['worse']}; "
-                         f"{counts['no difference shown']} are not told apart.")
+        found.append(f"of {sum(counts.values())} perturbed conditions better in "
+                     f"{counts['better']}, worse in {counts['worse']}, not told apart in "
+                     f"{counts['no difference shown']}")
     if attacks:
-        sentences.append(f"Attacks that are not compared, being of other images: "
-                         f"{'; '.join(attacks)}.")
-    sentences.append(comparison.argument_differences(part, reference))
-    return [f"Against {reference.title}:", *sentences]
+        found.append(f"attacks that are not compared, being of other images: {'; '.join(attacks)}")
+    return (f"**This network against {reference.title}:** {'; '.join(found) or 'not tested'}. "
+            + comparison.argument_differences(part, reference))
 
 
 def calibration_table(study, table):
@@ -212,6 +222,20 @@ def missing(study):
     return f"{text} Variants that were not trained: {', '.join(variants)}." if variants else text
 
 
+def figures(study):
+    """The figures that are there, as Markdown images; of a part without a table none."""
+    captions = {"comparison": "All parts on the test set"}
+    for part in study.parts.values():
+        if part.has_own:  # else they are of a former model
+            for ending, what in FIGURES.items():
+                captions[f"{part.name}_{ending}"] = f"{part.title}: {what}"
+        if part.has_part2:
+            for ending, what in PART2_FIGURES.items():
+                captions[f"{report.robustness_name(part.name)}_{ending}"] = f"{part.title}: {what}"
+    return [f"![{caption}]({name}.png)" for name, caption in captions.items()
+            if (study.folder / f"{name}.png").is_file()]
+
+
 TESTED = (
     "All this is of these networks, not of other seeds. `comparison.csv` has every severity, with "
     "n, intervals and tests: McNemar's exact test on the same images, Holm-corrected over a part "
@@ -226,7 +250,7 @@ def summary(study, table, whole, tests):
     lines = comparison.overview(table, study.parts)
     text = [f"# Results on {escape(study.dataset)}",
             claims.claims_table(claims.claims_of_one(study, table, tests))]
-    text += [paragraph(study, part, lines, tests) for part in study.parts.values()]
+    text += [findings(study, part, lines, tests) for part in study.parts.values()]
     for group, title in comparison.GROUPS.items():
         if any(line.group == group for line in lines):
             text += [f"## {title}", comparison.lines_table(lines, group, study.titles)]
@@ -235,16 +259,8 @@ def summary(study, table, whole, tests):
     text += [TESTED, "## Calibration", calibration_table(study, table),
              "## Loss or head?", comparison.ABOUT_HEADS, heads_table(study),
              "## Audit of the attacks", audit_text(study), "## What ran", what_ran(study),
-             "## Left out", bullets(study.left_out), missing(study), "## Figures"]
-    names = ["comparison"]
-    for name, part in study.parts.items():
-        files = {name: part.has_own, report.robustness_name(name): part.has_part2}
-        for file, has_table in files.items():
-            if has_table:  # else they are of a former model
-                names += [f"{file}_{ending}" for ending in ENDINGS]
-    for name in names:
-        if (study.folder / f"{name}.png").is_file():
-            text.append(f"![{name.replace('_', ' ')}]({name}.png)")
+             "## Left out", bullets(study.left_out), missing(study), "## Figures",
+             *figures(study)]
     return "\n\n".join(text) + "\n"
 
 

@@ -98,7 +98,7 @@ def test_verdicts_are_of_mcnemar_on_the_same_images_and_corrected(tmp_path):
     assert found["rotation", "3"]["verdict"] == "better"
     assert found["jpeg", "3"]["verdict"] == "worse"
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "Of 2 perturbed conditions this network is better in 1, worse in 1; 0 are not" in text
+    assert "of 2 perturbed conditions better in 1, worse in 1, not told apart in 0." in text
     assert "shows no difference" not in text
 
 
@@ -124,8 +124,8 @@ def test_means_by_hand(tmp_path):
     assert found["corruption error (part1: 100)"]["part3"] == pytest.approx(
         (0.35 / 0.5 + 0.55 / 0.4) / 2)
     text = text_of(tmp_path)
-    for least in ("rotation (geometry), 50.0 %", "JPEG (blur), 45.0 %"):  # of parts 1 and 3
-        assert f"Perturbed, 55.0 % in the mean; least under {least}." in text
+    for lowest in ("rotation (geometry): 50.0 %", "JPEG (blur): 45.0 %"):  # of parts 1 and 3
+        assert f"- **Perturbed:** 55.0 % on average, lowest under {lowest}.\n" in text
 
 
 def test_cifar10c_does_not_count_in_the_means(tmp_path):
@@ -136,8 +136,7 @@ def test_cifar10c_does_not_count_in_the_means(tmp_path):
     assert found["cifar10c fog (CIFAR-10-C)"]["part1"] == 0.1
     assert found[comparison.ALL_PERTURBED]["part1"] == pytest.approx(0.55)
     assert found["mPC relative to clean"]["part1"] == pytest.approx(0.55 / 0.8)
-    assert "Perturbed, 55.0 % in the mean; least under rotation (geometry), 50.0 %." in text_of(
-        tmp_path)
+    assert "55.0 % on average, lowest under rotation (geometry): 50.0 %." in text_of(tmp_path)
 
 
 def test_severities_are_averaged_before_perturbations(tmp_path):
@@ -276,7 +275,7 @@ def test_attacks_have_no_verdict_of_one_network_and_stand_with_their_n(tmp_path)
     verdict = verdicts_of(tmp_path)["fgsm", "8"]["verdict"]
     assert verdict == "not tested: 500 images, part1 has 1000 others"
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "Attacks that are not compared, being of other images: 500 images, part1 has" in text
+    assert "attacks that are not compared, being of other images: 500 images, part1 has" in text
     assert "| FGSM 8/255, n = 500 | - | 40.0 |" in text
 
 
@@ -350,17 +349,16 @@ def test_the_gap_is_claimed_where_the_intervals_do_not_meet(tmp_path, train, tes
     assert f"| **this network: {verdict}** |" in line
 
 
-def test_a_paragraph_gives_every_number_to_its_own_images(tmp_path):
+def test_findings_give_every_number_to_its_own_images(tmp_path):
     write(run_of(tmp_path, "part1", "part1"),
           {("train", "clean", ""): 0.9, ("evaluation", "clean", ""): 0.6, CLEAN: 0.7})
     write(run_of(tmp_path, "part2", "part1"),
           {("test", "fgsm", eps): value for eps, value in (("0", 0.7), ("2", 0.5), ("8", 0.2))})
     text = text_of(tmp_path)
-    assert ("This network classifies 60.0 % (56.9 to 63.0, n = 1,000) of the evaluation images and "
-            "70.0 % (67.1 to 72.8, n = 1,000) of the test images right.") in text
-    assert ("Of the 1,000 images that it was trained on it has 90.0 %: a generalization gap "
-            "(training - test) of 20.0 points.") in text
-    assert "Under FGSM at 8/255 it has 20.0 % (17.6 to 22.6, n = 1,000)." in text
+    assert ("- **Clean:** 60.0 % (56.9 to 63.0, n = 1,000) of the evaluation images, 70.0 % (67.1 "
+            "to 72.8, n = 1,000) of the test images, 90.0 % of its 1,000 training images, a "
+            "generalization gap (training - test) of 20.0 points.\n") in text
+    assert "- **Attacked** at 8/255: FGSM 20.0 % (17.6 to 22.6, n = 1,000)." in text
 
 
 def test_questions_and_commands_are_of_their_own_part(tmp_path):
@@ -376,16 +374,16 @@ def test_questions_and_commands_are_of_their_own_part(tmp_path):
         assert line in text
 
 
-def test_a_paragraph_counts_what_is_better_and_what_is_worse(tmp_path):
+def test_findings_count_what_is_better_and_what_is_worse(tmp_path):
     two_parts(tmp_path, {"rotation": 0.65, "scale": 0.65, "contrast": 0.65, "cutout": 0.65,
                          "jpeg": 0.45, "pixelate": 0.45, "brightness": 0.5},
               dict.fromkeys(("rotation", "scale", "contrast", "cutout", "jpeg", "pixelate",
                              "brightness"), 0.5))
     write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.5})
     text = text_of(tmp_path)
-    assert ("Of 7 perturbed conditions this network is better in 4, worse in 2; 1 are not told "
-            "apart.") in text
-    assert "On clean test images -20.0 points, p < 0.001: worse." in text
+    assert ("- **This network against part1 (cross-entropy):** -20.0 points on clean test images, "
+            "p < 0.001: worse; of 7 perturbed conditions better in 4, worse in 2, not told apart "
+            "in 1.") in text
 
 
 def test_the_figure_compares_test_images_alone(tmp_path, monkeypatch):
