@@ -24,7 +24,7 @@ class Claim(NamedTuple):
 
     claim: str
     evidence: str
-    verdict: str  # "supported", "contradicted", "not resolved", with of what
+    verdict: str  # "supported", "contradicted" or "not resolved", and for what
     file: str
 
 
@@ -34,7 +34,7 @@ def claims_table(claims):
 
 
 def claims_of_one(study, table, tests):
-    """The Claims that one training of each part allows: all of them are of these networks."""
+    """The Claims that one training of each part allows: all are about these networks only."""
     claims = []
     part1 = study.parts.get("part1")
     if part1:
@@ -60,7 +60,7 @@ def claims_of_one(study, table, tests):
 
 
 def gap_claim(part):
-    """That a part has learned its training images better than what they show."""
+    """That a part is more accurate on its training images than on test images."""
     train = part.accuracies.get(("train", "clean", ""))
     test = part.accuracies.get(("test", "clean", ""))
     if not train or not test:
@@ -74,7 +74,7 @@ def gap_claim(part):
 
 
 def perturbation_claim(part, table):
-    """That perturbations cost accuracy, on the same images: all of them, as in mPC."""
+    """That perturbations cost accuracy on the same images, averaged over all of them as in mPC."""
     perturbed = mean_right(part, keys_of(table, "yes", "no", JPEG_NOTE))
     clean = right(part, ("test", "clean", ""))
     if perturbed is None or clean is None or len(perturbed) != len(clean):
@@ -125,7 +125,7 @@ def network_claim(ours, theirs, title, change, p_value):
     """That one network is more accurate than another."""
     sentence = f"{ours.title} is more accurate than {theirs.title} {CLAIMED[title]}"
     if change is None or p_value == "":
-        return Claim(sentence, "which images are right is not known of both", "not tested",
+        return Claim(sentence, "which images are right is not known for both", "not tested",
                      "comparison.csv")
     outcome = OUTCOMES.get(verdict(p_value, change.mean), "not resolved")
     return Claim(sentence, f"{over_images(change)}, p {probability(p_value)}",
@@ -133,9 +133,9 @@ def network_claim(ours, theirs, title, change, p_value):
 
 
 def attack_claims(studies, whose):
-    """That parts do not withstand the strongest attack, each network against guessing.
+    """That parts are less accurate than guessing under the strongest attack, network by network.
 
-    Of several trainings a verdict stands only if each of them gives it.
+    With several trainings, a verdict is given only if it is the same for each of them.
     """
     outcomes = {}
     for name in common.PARTS:
@@ -165,9 +165,9 @@ def attack_outcome(part):
             if any(sizes) and min(sizes) < max(sizes):
                 guessing, how = max(sizes) / sum(sizes), "always naming the largest class"
             apart = (row["ci_high"] < guessing) - (row["ci_low"] > guessing)
-            return Claim(f"{part.title} does not withstand attacks: less than {how} "
-                         f"({percent(guessing)} %) under {spoken(condition)} "
-                         f"{float(row['severity']):g}/255", with_interval(row),
+            return Claim(f"{part.title} is not robust to attacks: less accurate than {how} "
+                         f"({percent(guessing)} %) at {float(row['severity']):g}/255 "
+                         f"({spoken(condition)})", with_interval(row),
                          ("not resolved", "supported", "contradicted")[apart],
                          f"{report.robustness_name(part.name)}.csv")
     return None
@@ -190,8 +190,9 @@ def audit_claim(studies):
         return []
     passed = sum(passed for _, passed in found)
     outcome = "supported" if passed == len(found) else "contradicted"
-    return [Claim("No audit speaks against the attacks, whose accuracies are upper bounds",
-                  f"{passed} of {len(found)} pass", outcome, "summary.md, Audit of the attacks")]
+    claim = "No audit check speaks against the attacks; stronger ones may leave less accuracy"
+    return [Claim(claim, f"{passed} of {len(found)} pass", outcome,
+                  "summary.md, Audit of the attacks")]
 
 
 def with_interval(row):

@@ -34,8 +34,8 @@ GROUPS = {"clean": "Clean images", "perturbed": "Perturbed test images",
           "attacked": "Attacked test images"}  # of the lines of the large tables
 SPLITS = {"train": TRAIN, "evaluation": "evaluation split", "test": TEST}
 ABOUT_HEADS = (
-    "`own` is the part's classifier; the others are fitted to the features (the input of the "
-    "network's last layer) of the training images alone: nearest class mean, nearest neighbours, "
+    "`own` is the part's own classifier; the others are fitted only to the training images' "
+    "features (the input of the network's last layer): nearest class mean, nearest neighbors, "
     "linear probe.")
 
 
@@ -123,8 +123,8 @@ def read_study(folder):
                      if other_pixels(parts[name], parts[other], key.split("/"))]
         if differing:
             left_out.append(f"{name} against {other} under {', '.join(differing)}: their perturbed "
-                            "images differ (other code, data or versions), so that means compare "
-                            "other things; run part 2 on both again")
+                            "images differ (other code, data or versions), so their means are of "
+                            "different images; run part 2 on both again")
     dataset, split_hash = studies.pop()
     return Study(folder, dataset, split_hash, parts, left_out, seen, [*shares])
 
@@ -147,7 +147,7 @@ def read_part(folder, name, part1, left_out):
     def same(file, found):
         if found == weights:
             return True
-        sentence = f"{file}: of weights {found}, {decides} is of {weights}"
+        sentence = f"{file}: of weights {found}, but {decides} is of {weights}"
         if sentence not in left_out:
             left_out.append(sentence)
         return False
@@ -172,7 +172,7 @@ def read_part(folder, name, part1, left_out):
         kept = [row for row in part2 if "from_part1" not in row["condition"] + row["metric"]]
         if len(kept) < len(part2):
             left_out.append(f"{robustness}.csv, attacks with part 1's images: made on weights "
-                            f"{made_on}, the part 1 here is of {part1}")
+                            f"{made_on}, but the part 1 here is of {part1}")
             part2 = kept
     record = records.get(name)
     title = report.label(name, record["args"] if record else {})
@@ -244,9 +244,9 @@ def network_tests(study):
     """The rows of comparison.csv: one a condition, part and reference.
 
     Adds to those of `measured`, without training images: reference, difference (fraction), p_holm
-    (McNemar's exact test on the same images, Holm's correction over this part and reference, clean
-    images and perturbations counted apart) and verdict: "better", "worse" or "no difference shown",
-    each of these networks alone, or "not tested" and why.
+    (McNemar's exact test on the same images, Holm's correction within this part and reference,
+    separately for clean images and perturbations) and verdict: "better", "worse" or "no difference
+    shown", about these networks only, or "not tested" and why.
     """
     rows = measured(study)
     empty = {"reference": "", "difference": "", "p_holm": "", "verdict": ""}
@@ -285,7 +285,7 @@ def against(part, reference, mine):
             elif other_pixels(part, reference, key):
                 result["verdict"] = "not tested: their perturbed images differ"
             elif ours_right is None or theirs_right is None:
-                result["verdict"] = "not tested: which images are right is not known of both"
+                result["verdict"] = "not tested: which images are right is not known for both"
             else:
                 group = "perturbed" if is_perturbed(row) else "clean"
                 tested[group].append((result, metrics.mcnemar(ours_right, theirs_right)))
@@ -304,7 +304,7 @@ def published(part):
 
 
 def other_pixels(ours, theirs, key):
-    """Whether two parts were tested on other images under one name: of other code or versions.
+    """Whether two parts were tested on different images of one name, by other code or versions.
 
     key: (split, condition, severity).
     """
@@ -315,8 +315,8 @@ def other_pixels(ours, theirs, key):
 def right(part, key):
     """Which images are classified right, booleans (n,); None where no file says it.
 
-    key: (split, condition, severity).  An array that does not give the table's accuracy is of
-    another run, and counts as none.
+    key: (split, condition, severity).  An array that does not give the table's accuracy belongs to
+    another run and is ignored.
     """
     row = part.accuracies.get(key)
     images = part.correct.get("/".join(key))
@@ -326,7 +326,7 @@ def right(part, key):
 
 
 def verdict(p_holm, difference):
-    """ "better", "worse", or "" where the corrected p-value does not tell the two apart."""
+    """ "better", "worse", or "" where the corrected p-value is not below ALPHA."""
     if p_holm >= ALPHA:
         return ""
     return "better" if difference > 0 else "worse"
@@ -350,9 +350,9 @@ class Line(NamedTuple):
 
 
 def shared(tables):
-    """The tables without perturbations that some model of some table was not tested on.
+    """The tables with only the perturbations that every model of every table was tested on.
 
-    Only so do means compare. Models that no perturbation was tried on do not count.
+    Only then can means be compared. Models that were tested on no perturbation do not count.
     """
     tested = {}
     for i, table in enumerate(tables):
@@ -430,7 +430,7 @@ def corruption_error(accuracy, name):
 
 
 def attack_lines(table, names):
-    """A Line for each attack, eps and number of images; beside FGSM only where PGD ran, too."""
+    """A Line for each attack, eps and number of images; but for SWEPT, only where PGD ran too."""
     values = {}
     for row in table:
         if row["family"] == "attack":
@@ -483,7 +483,7 @@ def explanation(studies, table, whole):
     severities = sorted({row["severity"] for row in ours if row["severity"]})
     seen = studies[0].seen
     held_out = [family for family in dict.fromkeys(common.FAMILY.values()) if family not in seen]
-    text = (f"Means are over severities ({', '.join(severities) or 'none'}), then over "
+    text = (f"Means are taken over severities ({', '.join(severities) or 'none'}), then over "
             f"perturbations. Families that part 3 trains on: "
             f"{escape(', '.join(map(str, seen))) or 'none'}; held out: {', '.join(held_out)}.")
     others = [name for name in common.PARTS if name.endswith("_augmented")
@@ -491,8 +491,8 @@ def explanation(studies, table, whole):
     if others and set(map(str, seen)) != set(common.SEEN_FAMILIES):
         text += f" Trained on {', '.join(common.SEEN_FAMILIES)}: {', '.join(others)}."
     if any(row["in_part3_training"] == JPEG_NOTE for row in ours):
-        text += (f" JPEG is left out of the held-out mean, since the {JPEG_NOTE} (it counts in "
-                 "mPC).")
+        text += (f" JPEG is left out of the held-out mean, since the {JPEG_NOTE}, but counts in "
+                 "mPC.")
     if perturbed - kept:
         text += (" Left out, as not every model was tested on them: "
                  f"{len(perturbed - kept)} pairs of condition and severity.")
@@ -526,7 +526,7 @@ def differences(record, reference, other):
             differing.append(f"{name} ({escape(ours[name])}; {reference.name} "
                              f"{escape(theirs[name])})")
     text = ", ".join(differing) or "no argument that both have"
-    return f"{text}; arguments of one alone: {', '.join(alone)}" if alone else text
+    return f"{text}; arguments that only one has: {', '.join(alone)}" if alone else text
 
 
 def facts(record):

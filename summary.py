@@ -1,14 +1,14 @@
 """The comparison of parts, and of trainings, made from the tables that are there.
 
 Every part calls `compare` at its end: it writes comparison.csv, comparison.png, summary.md and the
-same as one page, summary.html. Over several trainings, each in a results directory of its own, with
-other seeds or other splits, this writes trainings.csv, .md and .html beside the directories:
+same as one page, summary.html. For several trainings with different seeds or splits, each in its
+own results directory, this writes trainings.csv, .md and .html beside those directories:
 
     python summary.py results/seed1 results/seed2 results/seed3
 
-One training speaks of one network: McNemar's exact test on the same images. Several trainings speak
-of a method: Student's t on the paired differences over trainings. Both are Holm-corrected over what
-one part and its reference share, clean images, perturbations and attacks counted apart.
+One training tells of one network: McNemar's exact test on the same images. Several trainings tell
+of a method: Student's t on the paired differences over trainings. Both are Holm-corrected within
+each pair of a part and its reference, separately for clean images, perturbations and attacks.
 """
 
 import math
@@ -100,7 +100,7 @@ def perturbed_findings(name, lines):
             worst = line
     if not math.isfinite(mean):
         return []
-    return [f"**Perturbed:** {percent(mean)} % on average, lowest under {worst.title}: "
+    return [f"**Perturbed:** {percent(mean)} % on average (mPC), lowest under {worst.title}: "
             f"{percent(worst.values[name])} %."]
 
 
@@ -121,25 +121,24 @@ def compared(part, reference, tests):
     attacks = {}
     for row in tests:
         if row["condition"] == "clean" and row["p_holm"] != "":
-            said = row["verdict"].replace("no difference shown", "not told apart")
             found.append(f"{points(row['difference'])} on clean {row['split']} images, p "
-                         f"{probability(row['p_holm'])}: {said}")
+                         f"{probability(row['p_holm'])}: {row['verdict']}")
         elif row["p_holm"] != "":
             counts[row["verdict"]] += 1
         elif row["family"] == "attack" and row["verdict"].endswith("others"):
             attacks[row["verdict"].removeprefix("not tested: ")] = None
     if sum(counts.values()):
         found.append(f"of {sum(counts.values())} perturbed conditions better in "
-                     f"{counts['better']}, worse in {counts['worse']}, not told apart in "
+                     f"{counts['better']}, worse in {counts['worse']}, no difference shown in "
                      f"{counts['no difference shown']}")
     if attacks:
-        found.append(f"attacks that are not compared, being of other images: {'; '.join(attacks)}")
+        found.append(f"attacks not compared, since they are on other images: {'; '.join(attacks)}")
     return (f"**This network against {reference.title}:** {'; '.join(found) or 'not tested'}. "
             + comparison.argument_differences(part, reference))
 
 
 def calibration_table(study, table):
-    """Calibration errors on clean test images and in the mean over perturbations."""
+    """Calibration errors on clean test images and their mean over perturbations."""
     perturbed = {(row["condition"], row["severity"]) for row in table
                  if row["in_part3_training"]}
     body = []
@@ -237,12 +236,13 @@ def figures(study):
 
 
 TESTED = (
-    "All this is of these networks, not of other seeds. `comparison.csv` has every severity, with "
-    "n, intervals and tests: McNemar's exact test on the same images, Holm-corrected over a part "
-    "and its reference, clean images and perturbations counted apart; \"better\" and \"worse\" "
-    f"where p < {comparison.ALPHA}. Of means, the claims give Student's interval over the images, "
-    "with p corrected over the two means of a part and its reference. Attacks are compared over "
-    "several trainings alone (`python summary.py FOLDER FOLDER …`), since one seed moves them far.")
+    "All this is about these networks, not about other seeds. `comparison.csv` has every severity, "
+    "with n, intervals and tests: McNemar's exact test on the same images, Holm-corrected within "
+    "each pair of a part and its reference, separately for clean images and perturbations; "
+    f"\"better\" and \"worse\" mean p < {comparison.ALPHA}. For means over perturbations, the "
+    "claims give Student's interval over the images, with p corrected over the two means of each "
+    "pair. Attacks are compared only over several trainings (`python summary.py FOLDER FOLDER …`), "
+    "since they vary much from seed to seed.")
 
 
 def summary(study, table, whole, tests):
@@ -292,5 +292,5 @@ def compare(folder):
 
 if __name__ == "__main__":
     parser = arguments.new_parser(__file__, __doc__)
-    parser.add_argument("folder", nargs="+", help="results directories, one of each training")
+    parser.add_argument("folder", nargs="+", help="results directories, one for each training")
     arguments.run(lambda: compare_trainings(parser.parse_args().folder))

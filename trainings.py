@@ -1,4 +1,4 @@
-"""The comparison over several trainings: what holds of a method, not of one network."""
+"""The comparison over several trainings: what holds for a method, not just for one network."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `mad
 NOT_COMPARED_PART2 = {*NOT_COMPARED, "checkpoint", "batch_size", "cifar10c"}
 RECORDED = ("optimizer", "stopped")  # of a record's versions; no flags
 HEADS = ["own", "class_means", "knn", "probe"]
-MAIN_ATTACK = "FGSM 8/255"  # that a claim is made of
+MAIN_ATTACK = "FGSM 8/255"  # the one that a claim is about
 
 
 class MethodTest(NamedTuple):
@@ -91,7 +91,7 @@ def check(studies):
     if len(studies) < 2:
         raise UsageError(f"expected at least two results directories, found {len(studies)}")
     if len({study.folder.resolve() for study in studies}) < len(studies):
-        raise UsageError("the same results directory stands twice in the list; expected different "
+        raise UsageError("the same results directory is listed twice; expected different "
                          "trainings")
     first = studies[0]
     weights = {}
@@ -133,7 +133,7 @@ def check_records(name, records, not_compared):
     arguments = []
     for folder, record in records:
         if record is None:
-            raise UsageError(f"{folder}/{name}.json is missing or of other weights, so that the "
+            raise UsageError(f"{folder}/{name}.json is missing or of other weights, so the "
                              f"arguments of {name} cannot be compared; run it again, or leave the "
                              "directory out")
         arguments.append((folder, arguments_of(record)))
@@ -205,8 +205,8 @@ def difference(ours, theirs):
 def method_tests(lines, names):
     """The MethodTests of all parts against their references, over what both have.
 
-    Holm's correction is over each pair's table, clean images, perturbations and attacks counted
-    apart: what is said of clean images does not depend on which perturbations were tried.
+    Holm's correction is within each pair's table, separately for clean images, perturbations and
+    attacks: what is said of clean images does not depend on which perturbations were tried.
     """
     tests = []
     for part, reference in comparison.pairs(names):
@@ -354,14 +354,14 @@ def training_text(studies, tables, lines, counts, tests):
     header = [f"{titles[name]}, n = {n}" for name, n in counts.items()]
     text = [f"# {trainings(len(studies))} on {pages.escape(studies[0].dataset)}",
             claims.claims_table(claims_of_method(studies, titles, lines, tests)),
-            "Differences are paired: of the same seed and split. Intervals and p-values are "
-            "Student's over trainings (n - 1 degrees of freedom); p is Holm-corrected over each "
-            "table of one part against one reference, clean images, perturbations and attacks "
-            "counted apart, of claims on part 1 alone over these. \"Better\" and \"worse\" are "
+            "Differences are paired: same seed, same split. Intervals and p-values are Student's "
+            "over trainings (n - 1 degrees of freedom); p is Holm-corrected within each table of a "
+            "part against its reference, separately for clean images, perturbations and attacks, "
+            "and for the claims about part 1 alone over those claims. \"Better\" and \"worse\" are "
             f"said of a method only where p < {ALPHA}; the rest is not resolved with so few "
-            "trainings, which shows neither a difference nor none. Differences that happen to be "
-            "alike give a small p; and the test images are the same in all trainings, so that what "
-            "others would change is in no interval."]
+            "trainings, which shows neither that there is a difference nor that there is none. "
+            "With so few, differences that happen to be alike give a small p. All trainings are "
+            "tested on the same images, so no interval covers what other test images would change."]
     for group, title in GROUPS.items():
         body = []
         for line in lines:
@@ -382,8 +382,9 @@ def training_text(studies, tables, lines, counts, tests):
             text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine),
                      comparison.argument_differences(both[part], both[reference])]
     text += ["## Loss or head?",
-             f"{comparison.ABOUT_HEADS} The same head on both parts tells the loss from the head. "
-             "Student's intervals, not corrected.", head_table(studies, counts, titles)]
+             f"{comparison.ABOUT_HEADS} The same head on both parts separates the loss from the "
+             "head. Intervals are Student's, not corrected for multiple comparisons.",
+             head_table(studies, counts, titles)]
     items = []
     left_out = []
     for study in studies:
@@ -394,7 +395,7 @@ def training_text(studies, tables, lines, counts, tests):
         left_out += [f"{study.folder.as_posix()}: {sentence}" for sentence in study.left_out]
     differing = [name for name, values in made_with(*studies).items() if len(values) > 1]
     if differing:
-        items.append(f"- **Not all of these are of the same {', '.join(differing)}.**")
+        items.append(f"- **Not all of these have the same {', '.join(differing)}.**")
     text += ["## What ran", "\n".join(items), "Each directory's summary.md has the commands.",
              "## Left out", bullets(left_out)]
     return "\n\n".join(text) + "\n"

@@ -98,7 +98,7 @@ def test_verdicts_are_of_mcnemar_on_the_same_images_and_corrected(tmp_path):
     assert found["rotation", "3"]["verdict"] == "better"
     assert found["jpeg", "3"]["verdict"] == "worse"
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "of 2 perturbed conditions better in 1, worse in 1, not told apart in 0." in text
+    assert "of 2 perturbed conditions better in 1, worse in 1, no difference shown in 0." in text
     assert "shows no difference" not in text
 
 
@@ -125,7 +125,7 @@ def test_means_by_hand(tmp_path):
         (0.35 / 0.5 + 0.55 / 0.4) / 2)
     text = text_of(tmp_path)
     for lowest in ("rotation (geometry): 50.0 %", "JPEG (blur): 45.0 %"):  # of parts 1 and 3
-        assert f"- **Perturbed:** 55.0 % on average, lowest under {lowest}.\n" in text
+        assert f"- **Perturbed:** 55.0 % on average (mPC), lowest under {lowest}.\n" in text
 
 
 def test_cifar10c_does_not_count_in_the_means(tmp_path):
@@ -136,7 +136,7 @@ def test_cifar10c_does_not_count_in_the_means(tmp_path):
     assert found["cifar10c fog (CIFAR-10-C)"]["part1"] == 0.1
     assert found[comparison.ALL_PERTURBED]["part1"] == pytest.approx(0.55)
     assert found["mPC relative to clean"]["part1"] == pytest.approx(0.55 / 0.8)
-    assert "55.0 % on average, lowest under rotation (geometry): 50.0 %." in text_of(tmp_path)
+    assert "55.0 % on average (mPC), lowest under rotation (geometry): 50.0 %." in text_of(tmp_path)
 
 
 def test_severities_are_averaged_before_perturbations(tmp_path):
@@ -275,7 +275,7 @@ def test_attacks_have_no_verdict_of_one_network_and_stand_with_their_n(tmp_path)
     verdict = verdicts_of(tmp_path)["fgsm", "8"]["verdict"]
     assert verdict == "not tested: 500 images, part1 has 1000 others"
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert "attacks that are not compared, being of other images: 500 images, part1 has" in text
+    assert "attacks not compared, since they are on other images: 500 images, part1 has" in text
     assert "| FGSM 8/255, n = 500 | - | 40.0 |" in text
 
 
@@ -382,8 +382,8 @@ def test_findings_count_what_is_better_and_what_is_worse(tmp_path):
     write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.5})
     text = text_of(tmp_path)
     assert ("- **This network against part1 (cross-entropy):** -20.0 points on clean test images, "
-            "p < 0.001: worse; of 7 perturbed conditions better in 4, worse in 2, not told apart "
-            "in 1.") in text
+            "p < 0.001: worse; of 7 perturbed conditions better in 4, worse in 2, no difference "
+            "shown in 1.") in text
 
 
 def test_the_figure_compares_test_images_alone(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_severities_are_said_that_the_means_are_over(tmp_path):
                                             ("part3_robustness", "part3", B, "35")):
         write(run_of(tmp_path, name, part, weights),
               {("test", "rotation", severity): 0.5 for severity in severities})
-    assert "Means are over severities (3), then over perturbations." in text_of(tmp_path)
+    assert "Means are taken over severities (3), then over perturbations." in text_of(tmp_path)
 
 
 def test_the_audits_that_pass_are_counted(tmp_path):
@@ -418,8 +418,8 @@ def test_every_differing_argument_is_named(tmp_path):
                  families=["noise"], data_dir="y", lr=1.0, eps_255=[0.0, 8.0]), {CLEAN: 0.9})
     found = re.search("Their trainings differ in (.*)$", text_of(tmp_path), re.M)[1]
     assert found == ("`--seed` (3; part1 0), `--split-seed` (3; part1 0), `--epochs` (30; part1 6),"
-                     " `--weight-decay` (0.001; part1 0.002); arguments of one alone: `--families` "
-                     "noise.")
+                     " `--weight-decay` (0.001; part1 0.002); arguments that only one has: "
+                     "`--families` noise.")
 
 
 def test_claims_are_of_this_network_and_open_the_summary(tmp_path):
@@ -467,8 +467,8 @@ def test_attacks_are_claimed_against_the_largest_class(tmp_path):
     rows += [row | {"split": "evaluation", "n": 4000} for row in rows[-2:]]  # these do not count
     report.write_rows(tmp_path / "part1.csv", rows)
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
-    line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
-    assert "less than always naming the largest class (80.0 %)" in line
+    line = next(line for line in text_of(tmp_path).splitlines() if "is not robust to" in line)
+    assert "less accurate than always naming the largest class (80.0 %)" in line
     assert "**this network: supported**" in line
 
 
@@ -480,16 +480,16 @@ def test_attacks_are_claimed_against_guessing_and_audits_are_counted(tmp_path):
         write(run_of(tmp_path, "part2", "part1"), perturbed(fgsm=0.7, worst_case=accuracy),
               extra=audits)
         text = text_of(tmp_path)
-        line = next(line for line in text.splitlines() if "does not withstand" in line)
-        assert "guessing (50.0 %) under worst of its own one-step attacks 8/255" in line
+        line = next(line for line in text.splitlines() if "is not robust to" in line)
+        assert "guessing (50.0 %) at 8/255 (worst of its own one-step attacks)" in line
         assert f"**this network: {expected}**" in line
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.6, worst_case_audit=0.4))
-    line = next(line for line in text_of(tmp_path).splitlines() if "does not withstand" in line)
-    assert "under worst of its own attacks 8/255" in line  # with PGD, the strongest
+    line = next(line for line in text_of(tmp_path).splitlines() if "is not robust to" in line)
+    assert "at 8/255 (worst of its own attacks)" in line  # with PGD, the strongest
     assert "**this network: supported**" in line
     write(run_of(tmp_path, "part2", "part1"),
           {("test", "fgsm", "2"): 0.6, ("test", "fgsm", "16"): 0.1})
-    largest = "guessing (50.0 %) under FGSM 16/255 | 10.0 % (8.3 to 12.0, n = 1,000)"
+    largest = "guessing (50.0 %) at 16/255 (FGSM) | 10.0 % (8.3 to 12.0, n = 1,000)"
     assert f"{largest} | **this network: supported**" in text_of(tmp_path)
     assert "1 of 2 pass | **contradicted**" in text
     assert "- **does not hold**: part1: PGD is stronger" in text
@@ -502,7 +502,7 @@ def test_part_2_of_other_weights_is_left_out_and_said(tmp_path, capsys):
     two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
     write(run_of(tmp_path, "part2", "part1", C, seed=1), perturbed(rotation=0.99, fgsm=0.99))
     text = text_of(tmp_path)
-    assert f"- part2.csv: of weights {C}, part1.csv is of {A}" in text
+    assert f"- part2.csv: of weights {C}, but part1.csv is of {A}" in text
     assert f"- part2_correct.npz: of weights {C}" in text
     assert "99.0" not in text
     verdict = verdicts_of(tmp_path)["rotation", "3"]["verdict"]
@@ -519,11 +519,11 @@ def test_a_kill_between_checkpoint_and_table_mixes_nothing(tmp_path, part):
     text = text_of(tmp_path)
     old = A if part == "part1" else B
     for file in (f"{part}_correct.npz", f"{part}.json"):
-        assert f"- {file}: of weights {C}, {part}.csv is of {old}" in text
+        assert f"- {file}: of weights {C}, but {part}.csv is of {old}" in text
     assert "new.py" not in text and "23.4" not in text
     found = verdicts_of(tmp_path)
     assert found["clean", ""]["verdict"] == (
-        "not tested: which images are right is not known of both")
+        "not tested: which images are right is not known for both")
     assert found["rotation", "3"]["verdict"] == "better"  # part 2's files are of the old weights
 
 
@@ -535,7 +535,7 @@ def test_without_a_parts_own_table_part_2s_decides(tmp_path):
     (tmp_path / "part3.csv").unlink()
     text = text_of(tmp_path)
     assert f"- part3.json: of weights {C}, part3&#95;" not in text
-    assert f"part3.json: of weights {C}, part3_robustness.csv is of {B}" in text
+    assert f"part3.json: of weights {C}, but part3_robustness.csv is of {B}" in text
 
 
 def test_a_table_of_two_weights_gives_those_of_its_first_row(tmp_path):
@@ -571,7 +571,7 @@ def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, ke
     assert ("1 of 1 pass" in text) != kept
     assert "| FGSM 8/255, n = 1,000 | - | 40.0 |" in text
     assert "22.0" in text  # the worst of the attacks on the model itself
-    assert (f"made on weights {C}, the part 1 here is of {A}" in text) != kept
+    assert (f"made on weights {C}, but the part 1 here is of {A}" in text) != kept
 
 
 def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
@@ -903,7 +903,7 @@ def test_a_verdict_on_attacks_stands_if_every_training_gives_it(tmp_path, again,
                for seed, accuracy in enumerate((0.4, again))]
     trainings.compare_trainings(folders)
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
-    [line] = [line for line in text.splitlines() if "does not withstand" in line]
+    [line] = [line for line in text.splitlines() if "is not robust to" in line]
     assert f"| **{verdict}** |" in line
 
 
@@ -959,7 +959,7 @@ def test_other_code_precision_and_device_are_told(tmp_path):
             (folder / "part1.json").write_text(json.dumps(record | change | kept), "utf-8")
         trainings.compare_trainings(folders)
         text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
-        assert f"- **Not all of these are of the same {said}.**" in text
+        assert f"- **Not all of these have the same {said}.**" in text
 
 
 def test_families_are_those_of_the_part_3_that_some_folder_has(tmp_path):
@@ -1035,8 +1035,8 @@ def test_arguments_in_which_part_and_reference_differ_stand_with_their_table(tmp
     trainings.compare_trainings(folders)
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
     assert "Their trainings differ in `--epochs` (200; part1 6)." in text
-    assert ("Their tests by part 2 differ in no argument that both have; arguments of one alone: "
-            "`--attack-images` 9.") in text
+    assert ("Their tests by part 2 differ in no argument that both have; arguments that only one "
+            "has: `--attack-images` 9.") in text
 
 
 def test_families_of_a_part_3_without_a_record_are_said_to_be_assumed(tmp_path):
@@ -1076,7 +1076,7 @@ def test_compiled_trainings_are_compared_with_others_and_told(tmp_path):
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
     assert text.count("--compile False") == 2
     assert text.count("--compile True") == 1
-    assert "- **Not all of these are of the same --compile.**" in text
+    assert "- **Not all of these have the same --compile.**" in text
 
 
 def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):
@@ -1089,7 +1089,7 @@ def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):
 def test_what_is_no_several_trainings_is_refused(tmp_path):
     first = training(tmp_path, 0, {CLEAN: 0.5}, {CLEAN: 0.6})
     second = training(tmp_path, 1, {CLEAN: 0.5}, {CLEAN: 0.6})
-    for folders, match in (([first], "at least two"), ([first, first], "twice in the list"),
+    for folders, match in (([first], "at least two"), ([first, first], "listed twice"),
                            ([first, tmp_path / "none"], "holds no results")):
         with pytest.raises(UsageError, match=match):
             trainings.compare_trainings(folders)
