@@ -1,4 +1,4 @@
-"""Every figure. None of them can cost the run, and none depends on the user's own matplotlib.
+"""Every figure. None of them can end the run, and none depends on the user's own matplotlib.
 
 Each public function writes one PNG, complete or not at all; if it cannot, it prints one line.
 `run` has the attributes part ("part3"), label ("augmented"), dataset, classes (names), sizes and
@@ -31,9 +31,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-# ---- colours ------------------------------------------------------------------------------------
+# ---- colors -------------------------------------------------------------------------------------
 
-# No colour is in two of these sets. Those of classes, of parts and of attacks stay apart under
+# No color is in two of these sets. Those of classes, of parts and of attacks can be told apart with
 # protanopia and deuteranopia.
 CLASS_COLORS = ("#409595", "#4080FF", "#EABF00", "#552A00", "#801555",
                 "#15D4FF", "#00D4AA", "#955555", "#BF6A15", "#0015EA")
@@ -56,7 +56,7 @@ ATTACK = {  # by condition; in the L2 norm, "_l2" follows the first word
     "fgsm": Look("FGSM", "#6A55EA", "o", "-"),
     "fgsm_predicted": Look("FGSM, predicted labels", "#80BFEA", "x", "--"),
     "fgsm_targeted": Look("FGSM, least likely class", "#4FA82E", "D", "--"),
-    "fgsm_from_part1": Look("FGSM, made on part 1", "#005500", "v", "--"),
+    "fgsm_from_part1": Look("FGSM, transferred from part 1", "#005500", "v", "--"),
     "pgd": Look("PGD", "#2A156A", "^", ""),  # at few eps: a line between them would be a guess
     "worst_case": Look("worst of its own one-step attacks", "#000000", "*", ":"),
     "random": Look("random noise of the same size", "#777777", "s", "-"),
@@ -71,7 +71,7 @@ DIAGONAL = "#DDDDDD"
 WIDTH = 7.2  # inches: the width of a page's text, for which the font sizes are meant
 LARGEST = 15  # inches: no side of a figure is longer
 SMALL, TEXT = 7.5, 8  # points
-ALL_NAMED = 20  # with more classes, only some are named and coloured in a UMAP
+ALL_NAMED = 20  # with more classes, only some are named and colored in a UMAP
 CELL_TEXT = 25  # with more classes, the cells of a confusion matrix have no numbers
 MOST_LABELS = 40  # along one side of a confusion matrix
 STYLE = {
@@ -88,7 +88,7 @@ BARS = {"elinewidth": 0.9, "capsize": 1.5}  # of intervals
 def guarded(draw):
     """Makes any failure to draw or to write one printed line: a figure never ends a training.
 
-    A figure of that name that is already there is of a former model, so it is removed.
+    A figure of that name that is already there shows an earlier model, so it is removed.
     """
 
     @functools.wraps(draw)
@@ -108,18 +108,18 @@ def reason(error):
     """What an exception says, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, RunError):
-        return text.split(";")[0]  # without "what was there before still stands": it does not
+        return text.split(";")[0]  # without "what was there before is unchanged": it is not
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def remove_former(path):
-    """Removes a former model's figure; returns what to say about it."""
+    """Removes an earlier model's figure; returns what to say about it."""
     try:
         Path(path).unlink()
     except FileNotFoundError:
         return ""
     except (OSError, ValueError):
-        return "; what is there is of an earlier run and could not be removed"
+        return "; the figure there is from an earlier run and could not be removed"
     return "; the figure of an earlier run was removed"
 
 
@@ -202,7 +202,7 @@ def history(path, history, run, measured=None):
     """Curves of the training. history: dicts of epoch, loss, train_accuracy, eval_accuracy,
     eval_n.
 
-    measured: the accuracy on all evaluation images in the end, a fraction.
+    measured: the final accuracy on all evaluation images, a fraction.
     """
     figure = new_figure(2.6)
     left, right = figure.subplots(1, 2)
@@ -236,8 +236,8 @@ def history(path, history, run, measured=None):
         axes.grid(True)
     legend(figure, handles, labels)
     means = "loss and accuracy are" if np.isfinite(accuracies[:, 0]).any() else "loss is"
-    save(figure, path, f"{described(run)} Training {means} of each epoch's batches; no evaluation "
-         "image is ever trained on. Band: 95 % interval.")
+    save(figure, path, f"{described(run)} Training {means} measured on each epoch's batches; no "
+         "evaluation image is ever trained on. Band: 95 % interval.")
 
 
 # ---- clean test images --------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def confusion(path, predicted, labels, run):
     right = percent(np.trace(counts) / len(labels))
     thinned = f" One class in {every} is named." if every > 1 else ""
     save(figure, path, f"{described(run)} Clean test images, n = {len(labels):,}; {right} % are "
-         f"right (gray).{thinned}")
+         f"classified correctly (gray).{thinned}")
 
 
 def write_shares(axes, share, largest):
@@ -306,7 +306,7 @@ class Panel(NamedTuple):
 
 @guarded
 def umap(path, panels, run):
-    """Maps of one UMAP fit (Panels): same axes and colours, names at the clusters' medians."""
+    """Maps of one UMAP fit (Panels): same axes and colors, names at the clusters' medians."""
     classes = len(run.classes)
     shown = np.arange(classes)
     if classes > ALL_NAMED:
@@ -331,7 +331,7 @@ def umap(path, panels, run):
     if columns <= 2 or len(shown) <= 12:  # else the names would hide the points
         for axes, panel in zip(grid.flat, panels if columns <= 2 else panels[:1], strict=False):
             name_clusters(axes, panel, shown, run.classes, side)
-    note = f" {len(shown)} of the {classes} classes, evenly spaced, are named and coloured."
+    note = f" {len(shown)} of the {classes} classes, evenly spaced, are named and colored."
     if classes <= ALL_NAMED:
         note, handles = "", []
         for color, marker in map(class_look, shown):
@@ -340,11 +340,11 @@ def umap(path, panels, run):
     n = counted([len(p.labels) for p in panels])
     save(figure, path, f"{described(run)} UMAP of the last layer's input, {n} images a panel, "
          f"all panels in one fit.{note} The axes have no unit. Maps of different models are not "
-         "comparable; the measures above the panels are, in figures of the same name.")
+         "comparable; the measures above the panels are, between figures of the same name.")
 
 
 def class_look(place):
-    """Colour and marker; the second ten classes repeat the colours."""
+    """Color and marker; the second ten classes repeat the colors."""
     number = len(CLASS_COLORS)
     return CLASS_COLORS[place % number], "o" if place < number else "^"
 
@@ -358,7 +358,7 @@ def scatter(axes, panel, shown, classes):
     place = place[panel.labels[order]]  # (n,): where each point's class is in `shown`, or -1
     size = float(np.clip(5000 / len(points), 1, 7))
     axes.scatter(*points[place < 0].T, c=FAINT, s=size, linewidths=0)
-    looks = np.array([class_look(p) for p in place])  # (n,2): colour, marker
+    looks = np.array([class_look(p) for p in place])  # (n,2): color, marker
     for marker in "o^":
         mine = (looks[:, 1] == marker) & (place >= 0)
         axes.scatter(*points[mine].T, c=looks[mine, 0].tolist(), s=size, marker=marker,
@@ -414,7 +414,8 @@ def examples(path, rows, run, what):
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    save(figure, path, f"{plain(what, 80)}. {number} test images, a column each. {described(run)}")
+    save(figure, path,
+         f"{plain(what, 80)}. {number} test images, one column each. {described(run)}")
 
 
 # ---- accuracy under perturbation and attack -----------------------------------------------------
@@ -505,14 +506,14 @@ def severities(path, rows, run):
 
 
 def held_out_note(dataset, rows):
-    note = "Held out: part 3, with all its families, never trains on it"
+    note = "Held out: part 3 does not train on these perturbations"
     if dataset.startswith(JPEG_COPY) and where(rows, condition="jpeg"):
         note += " (but all images of this copy are JPEG)"
     return f"{note}."
 
 
 def draw_over_eps(axes, curves, norm, key="value", width=0):
-    """Draws curves [(rows, Look)], every eps at its rank, so that 0, 1, 2, 4, 8, 16 stand evenly.
+    """Draws curves [(rows, Look)], every eps at its rank: 0, 1, 2, 4, 8, 16 are evenly spaced.
 
     width: over how much of an eps's room the curves are shifted, so that no interval covers
     another.  Returns the artists.
@@ -557,12 +558,12 @@ def attack(path, rows, run, norm, failed_audits):
         artists.append(axes.axhline(guessing, **line))
         labels.append(f"guessing, {guessing:.3g} %")
     legend(figure, artists, labels)
-    verdict = "All audits of the attack pass."
+    verdict = "All audit checks of the attack pass."
     if failed_audits:
         failed = plain("; ".join(failed_audits), 400)
         verdict = f"AUDIT FAILED, this should hold and does not: {failed}."
-    save(figure, path, f"{described(run)} Attacked test images in float32, true labels where not "
-         f"said otherwise, with 95 % intervals; eps stand evenly. {verdict}")
+    save(figure, path, f"{described(run)} Test images, attacked in float32 with their true labels "
+         f"unless stated otherwise; 95 % intervals; eps values are evenly spaced. {verdict}")
 
 
 def attack_name(condition, l2):
@@ -637,7 +638,7 @@ def comparison_caption(perturbed, fgsm):
     text = plain(perturbed[0]["dataset"], 40)
     text += f", one training each, test images, {n_of(perturbed)}"
     if fgsm:
-        text += f" (FGSM: {n_of(fgsm)}; eps stand evenly, curves a little shifted)"
+        text += f" (FGSM: {n_of(fgsm)}; eps values evenly spaced, curves slightly shifted)"
     bars = "Bars: 95 % intervals."
     if len(severities) > 1:
         bars = f"Means over severities {', '.join(severities)}; bars: means of the 95 % bounds."

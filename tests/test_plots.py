@@ -492,7 +492,7 @@ def test_the_numbers_of_a_confusion_matrix_stand_in_their_cells(tmp_path, drawn)
     assert {t.get_position(): t.get_text() for t in axes.texts} == {
         (0, 0): "75", (1, 0): "25", (1, 1): "100"}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert "80.0 % are right" in caption
+    assert "80.0 % are classified correctly" in caption
 
 
 def test_a_confusion_matrix_of_many_classes_names_the_rows_and_columns_it_marks(tmp_path, drawn):
@@ -669,7 +669,7 @@ def test_severities_stand_under_their_family_with_their_intervals(tmp_path, draw
 
 ATTACK_TEXTS = {"FGSM": "fgsm", "FGSM, predicted labels": "fgsm_predicted",
                 "FGSM, least likely class": "fgsm_targeted",
-                "FGSM, made on part 1": "fgsm_from_part1", "PGD": "pgd",
+                "FGSM, transferred from part 1": "fgsm_from_part1", "PGD": "pgd",
                 "worst of its own one-step attacks": "worst_case",
                 "random noise of the same size": "random_sign"}
 
@@ -759,7 +759,7 @@ def test_passed_audits_are_said_and_half_an_eps_has_its_place(tmp_path, drawn):
     )
     figure, caption = drawn["x.png"]
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0", "0.5", "16"]
-    assert "All audits" in caption and "FAILED" not in caption
+    assert "All audit checks" in caption and "FAILED" not in caption
 
 
 def test_the_comparison_is_landscape_and_shows_every_model_with_intervals(tmp_path, drawn):
