@@ -9,7 +9,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Eval mode inside, outside every module in the mode it was in."""
+    """Eval mode inside the block; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -23,12 +23,12 @@ def eval_mode(model):
 def attack_mode(model):
     """Eval mode, float32, no gradients for the parameters; afterwards all is as it was before.
 
-    Raises ValueError for weights that are no numbers: an attack on them would change nothing.
+    Raises ValueError for weights that are not finite: an attack on them would change nothing.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{name} has values that are no numbers, so that no attack can find a "
-                             "way; part 4's class means are so until fit_head sets them")
+            raise ValueError(f"{name} has values that are not finite, so an attack would change "
+                             "nothing; part 4's class means are nan until fit_head sets them")
     wanted = [p.requires_grad for p in model.parameters()]
     device = next(model.parameters()).device.type
     with eval_mode(model), torch.autocast(device, enabled=False):
@@ -43,9 +43,9 @@ def attack_mode(model):
 def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
     """Fast gradient method (Goodfellow et al. 2015), by cleverhans, away from the given labels.
 
-    images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; with `targeted` those to
-    go towards.  eps: in pixel units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in [0,1],
-    detached; the model's mode and gradients stay as they were.
+    images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; with `targeted` the
+    target classes.  eps: in pixel units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in
+    [0,1], detached; the model's mode and gradients stay as they were.
     """
     images = images.float()
     step = fgsm_direction(model, images, labels, norm, targeted)
@@ -76,7 +76,7 @@ def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_siz
 def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
     """Projected gradient descent (Madry et al. 2018) by cleverhans, without a random start.
 
-    So it is the basic iterative method of Kurakin et al. 2016, in one run.  Takes `steps` steps of
+    That makes it the basic iterative method of Kurakin et al. 2016.  Takes `steps` steps of
     2.5 * eps / steps, at most eps.  Arguments and result as in `fgsm`.
     """
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
@@ -94,8 +94,8 @@ def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
 class UnitLogits(nn.Module):
     """A model whose logits are divided by each image's own standard deviation, without gradient.
 
-    The decisions are the model's; an attack on it does not depend on the logits' scale, so it still
-    finds the way where a large scale saturates the softmax and leaves no gradient (an audit).
+    Its decisions are the model's, but an attack on it does not depend on the logits' scale: where a
+    large scale saturates the softmax and masks the gradient, it still works (for the audit).
     """
 
     def __init__(self, model):

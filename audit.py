@@ -1,6 +1,6 @@
-"""The audit of an attack: is the accuracy it leaves robustness, or a gradient that misleads it?
+"""The audit of an attack: is the accuracy that it leaves robustness, or gradient masking?
 
-After Carlini et al. 2019, "On Evaluating Adversarial Robustness". A failed check is said on the
+After Carlini et al. 2019, "On Evaluating Adversarial Robustness". A failed check is reported on the
 terminal, in the table and in the figure.
 """
 
@@ -11,11 +11,11 @@ from metrics import percent
 
 import torch
 
-ZERO_GRADIENTS = 0.01  # share of images without a gradient that is still no illusion
-PGD_LEAVES = 0.1  # accuracy that PGD may leave at the largest eps if no gradients are hidden
-PGD_AT_LEAST = {"inf": 8, "2": 256}  # eps in 1/255 that is large enough to leave nothing
-SCALE_FGSM = 0.02  # accuracy that FGSM on unit logits may take off: more shows a saturated softmax
-SCALE_PGD = 0.05  # the same of PGD, on fewer images
+ZERO_GRADIENTS = 0.01  # share of images without a gradient from which the check fails
+PGD_LEAVES = 0.1  # accuracy that PGD may leave at the largest eps if no gradients are masked
+PGD_AT_LEAST = {"inf": 8, "2": 256}  # eps in 1/255 that is large enough to leave next to nothing
+SCALE_FGSM = 0.02  # by how much unit logits may strengthen FGSM: more shows a saturated softmax
+SCALE_PGD = 0.05  # the same for PGD, on fewer images
 ROUNDING = 1e-9  # of a difference of two shares
 
 
@@ -45,8 +45,8 @@ class Check(NamedTuple):
 def audit_attacks(names, right, few, audited, no_gradient, excess, changed):
     """The audit: a list of Check.
 
-    right: (attack, eps in 1/255) → booleans, which images withstand it.  few: positions of those
-    that PGD attacks.  audited: the eps that all attacks were tried at.  no_gradient: share of
+    right: (attack, eps in 1/255) → booleans, which images stay right.  few: positions of those
+    that PGD attacks.  audited: the eps at which all attacks were tried.  no_gradient: share of
     images without a gradient.  excess: largest |delta| - eps.  changed: predictions eps 0 changes.
     """
     n = len(right[names.fgsm, 0])
@@ -95,12 +95,12 @@ def compared(name, ours, theirs, passed):
 
 
 def worst_case_rows(run, names, right, few, sweep):
-    """Accuracy where an image counts as right only if it withstands every attack made on the model.
+    """Accuracy where an image counts as right only if it is so under every attack on the model.
 
-    worst_case: of all attacked images, by the attacks of one step; predicted labels and noise are
-    tried at part 2's AUDIT_EPS alone.  worst_case_audit: of the audit's images, by PGD as well.
-    Part 1's adversarial images do not count: part 1 itself is attacked with its own alone, so that
-    parts compare.
+    worst_case: on all attacked images, under the one-step attacks; predicted labels and noise are
+    tried only at part 2's AUDIT_EPS.  worst_case_audit: on the audit's images, under PGD as well.
+    Transfer from part 1 does not count: part 1 is attacked only by its own adversarial images, and
+    the parts must be comparable.
     """
     rows = []
     for eps in sweep[1:]:

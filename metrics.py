@@ -1,4 +1,4 @@
-"""Measures: intervals and tests of accuracies, calibration, and what features tell alone."""
+"""Measures: intervals and tests of accuracies, calibration, and how features separate classes."""
 
 import math
 from typing import NamedTuple
@@ -113,9 +113,9 @@ def class_means(embeddings, labels, classes):
 
 
 def neighbours_for(labels, most=20, not_itself=False):
-    """How many neighbours a k-NN measure may ask: at most `most` and the smallest class's size.
+    """How many neighbours k-NN may ask: at most `most` and the smallest class's size.
 
-    With more, a small class is outvoted however well it is separated. 0: there is no measure.
+    With more, a small class is outvoted however well it is separated. 0: k-NN is not possible.
     """
     counts = labels.bincount()
     smallest = int(counts[counts > 0].min())

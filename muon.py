@@ -13,7 +13,7 @@ class Muon(torch.optim.Optimizer):
     its momentum, a few large and many small ones, are all set to about 1: a step goes as far in the
     directions of small gradients as in those of large ones.  The weights keep the norm of an
     orthogonal matrix, so that lr is a step's length relative to them, and weight_decay an L2
-    penalty of the other parameters alone.  This asks for a BatchNorm after every convolution, which
+    penalty of the other parameters only.  This requires a BatchNorm after every convolution, which
     undoes any scale of its weights.
 
     dtype: of the matrix products; for float16, in which they would underflow, float32 is taken.
@@ -58,7 +58,7 @@ def orthogonalized(matrix, iterations=ITERATIONS):
     """U Vᵀ of the matrix's singular value decomposition U S Vᵀ, roughly.
 
     Singular values above a fiftieth of the matrix's norm become 0.7 to 1.2, smaller ones less.  By
-    Newton-Schulz iterations X ← (a + b G + c G²) X, G = X Xᵀ, which need matrix products alone.
+    Newton-Schulz iterations X ← (a + b G + c G²) X, G = X Xᵀ, which need only matrix products.
     What stands before X is a polynomial of the first G, as is every later G: so they are iterated,
     being much smaller, and X is multiplied once.
     """
