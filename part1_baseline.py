@@ -1,17 +1,17 @@
 """Part 1: how well does a ResNet18 generalize from a fifth of CIFAR-10's training data?
 
 Trains with cross-entropy and without augmentation. Then measures accuracy on the evaluation split
-(the other four fifths) and on the test set, and draws a UMAP of the backbone's output on both, 512
-features an image: the network has seen none of these images.
+(the other four fifths) and on the test set, and draws a UMAP of the features (the 512 inputs of the
+last layer) of images from both: the network was trained on none of them.
 
     python part1_baseline.py
 
-15 epochs: 150,000 images, 22 to 52 minutes on one core with bf16. Accuracy on the 10,000 test
+15 epochs (150,000 images) take 22 to 52 minutes on one core with bf16. Accuracy on the 10,000 test
 images of a JPEG copy of CIFAR-10: 77.5 ± 0.1 %, mean and standard deviation of three trainings on
 three splits (results/reference).
 
 Writes results/part1.pt, .csv, .json, _history.csv, _correct.npz, and the figures _history.png,
-_confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all parts that are there,
+_confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all parts run so far:
 summary.html, summary.md, comparison.csv and comparison.png.
 """
 

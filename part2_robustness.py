@@ -1,15 +1,16 @@
 """Part 2: how robust is a trained model to perturbed and to attacked test images?
 
 Measures accuracy on the whole test set under each perturbation (in the literature: corruption) and
-severity. Attacks test images with the fast gradient sign method (cleverhans), and checks the attack
+severity. Attacks test images with the fast gradient sign method (FGSM, by cleverhans), and checks
 for gradient masking. Draws clean, perturbed and attacked images in one UMAP, and compares with the
 clean accuracy. Works on the checkpoint of any part.
 
     python part2_robustness.py --checkpoint results/part1.pt
 
-On a JPEG copy of CIFAR-10 part 1 has 68.5 ± 0.1 % in the mean of perturbations (n = 10,000; over
-all five severities 67.2 ± 0.1), and 13.1 ± 0.6 % under FGSM at 8/255 (n = 2,000): mean and standard
-deviation of three trainings on three splits (results/reference).
+On a JPEG copy of CIFAR-10, part 1's mean accuracy over perturbations is 68.5 ± 0.1 % at severity 3
+(n = 10,000; 67.2 ± 0.1 % over all five severities), and its accuracy under FGSM at 8/255 is 13.1 ±
+0.6 % (n = 2,000): mean and standard deviation of three trainings on three splits
+(results/reference).
 
 Writes results/part2.csv, .json, _correct.npz, and the figures _severities.png, _examples.png,
 _fgsm.png, _adversarial.png, _umap.png (for part 3's checkpoint results/part3_robustness.csv …).
@@ -40,7 +41,7 @@ UMAP_PERTURBATIONS = ("gaussian_noise", "gaussian_blur", "color_jitter", "vertic
                       "rotation", "cutout")
 EXAMPLES = 10  # images in the pictures of examples
 AUDIT_EPS = (2, 8, 16)  # in 1/255: where all attacks are tried, if the sweep has them
-FIGURE_EPS = 8  # in 1/255: the attack that the UMAP shows, the usual one for CIFAR-10
+FIGURE_EPS = 8  # in 1/255: of the attack that the UMAP shows; the usual eps for CIFAR-10
 
 
 def parse_args(argv=None):
@@ -62,7 +63,7 @@ def parse_args(argv=None):
     add("--attack-images", type=arguments.number(int, 10, 1_000_000), default=2000,
         help="test images to attack, spread evenly over the test set")
     add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=100,
-        help="how many of these PGD attacks as well, for the audit")
+        help="how many of these images PGD attacks as well, for the audit")
     arguments.from_checkpoint(parser)
     args = arguments.parse(parser, argv)
     args.severities = sorted(set(args.severities))
@@ -168,9 +169,9 @@ def check_network(path, meta, clean):
     now = common.accuracy(clean.logits, clean.labels)
     rounding = 0.02 + 2 / len(clean.labels)  # as another device or precision might make
     if then is not None and abs(now - then) > rounding:
-        raise UsageError(f"{path}: classified {metrics.percent(then)} % of the test images right "
-                         f"when it was written, with this code {metrics.percent(now)} %; undo what "
-                         "was edited since (the network, its input, a precision), or train anew")
+        raise UsageError(f"{path}: test accuracy was {metrics.percent(then)} % when it was written "
+                         f"and is {metrics.percent(now)} % with this code; undo what was edited "
+                         "since (the network, its input, a precision), or train again")
 
 
 def part1_beside(folder, meta, device):
@@ -206,8 +207,8 @@ def finished_before(args, run, published_hash):
     """The conditions of an interrupted run, with --resume: (labels (N,), error, features or
     None, hash of the pixels).
 
-    published_hash: of CIFAR-10-C's files.  Kept among the run's versions, so that results on other
-    files are told apart.
+    published_hash: of CIFAR-10-C's files.  Kept among the run's versions, to tell results on
+    different files apart.
     """
     if published_hash:
         run.versions["CIFAR-10-C"] = published_hash
@@ -268,7 +269,7 @@ def list_conditions(names, severities):
 
 
 def of_all_classes(labels):
-    """Positions of at most EXAMPLES images, as many of each class, of all or of some in between."""
+    """Positions of at most EXAMPLES images, equally many of all classes, or of some in between."""
     classes = labels.unique().cpu()
     classes = classes[common.evenly_spaced(len(classes), EXAMPLES)]
     positions = []
@@ -379,7 +380,7 @@ def p_norm(norm):
 
 
 def excess_over(eps, images, adversarial, norm):
-    """By how much the largest change of an image is above eps; above 1, as a share of eps."""
+    """By how much the largest change of an image exceeds eps; as a share of eps where eps > 1."""
     largest = (adversarial - images).flatten(1).norm(p_norm(norm), dim=1).max().item()
     return (largest - eps) / max(eps, 1)
 
@@ -448,7 +449,7 @@ def finish(args, run, tested, attacked, part1):
     terminal.print_table("Audit of the attack", ("check", "found", "passed"),
                          [(check.name, check.found, "yes" if check.passed else "NO")
                           for check in attacked.audit])
-    with contextlib.suppress(OSError):  # last: a run killed before does not start anew
+    with contextlib.suppress(OSError):  # last: a run that is killed before can still resume
         run.path("_state.pt").unlink()
     return rows
 

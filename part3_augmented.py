@@ -1,8 +1,8 @@
 """Part 3: what does perturbed training data change?
 
 Trains as part 1 does, on images that are perturbed anew in every epoch; then measures what parts 1
-and 2 measure. Blur and compression are never trained on (common.HELD_OUT_FAMILIES; a JPEG copy's
-images are compressed themselves): does robustness carry over to them?
+and 2 measure. Blur and compression are never trained on (common.HELD_OUT_FAMILIES; but a JPEG
+copy's images are compressed already): does robustness generalize to them?
 
     python part3_augmented.py                     (crop and flip alone: --families none)
 
@@ -45,7 +45,7 @@ def parse_args(argv=None):
 
 
 def crop_and_flip(images, generator):
-    """A random crop of every padded image, mirrored by chance; images (B,3,H,W) of any type."""
+    """A random crop of every padded image, mirrored at random; images (B,3,H,W) of any type."""
     n, _, height, width = images.shape
     padding = height // 8  # 4 pixels of 32, as He et al. 2016 (who pad with zeros)
     padded = F.pad(images, (padding, padding, padding, padding), mode="reflect")
@@ -63,9 +63,9 @@ def crop_and_flip(images, generator):
 def augment(images, generator, step, families=common.SEEN_FAMILIES):
     """Perturbs the images of a shuffled training batch, float (B,3,H,W) in [0,1].
 
-    Every image is cropped and mirrored at random. The first of them get noise, the next a change of
-    color, the next one of geometry (SHARES): of 64 images 0 to 3, 4 to 7 and 8 to 23. Each step it
-    is another of the family's perturbations; when all had their turn, the next severity.
+    Every image is cropped and mirrored at random. The first ones then get noise, the next a color
+    change, the next a geometric one (SHARES): of 64 images 0 to 3, 4 to 7 and 8 to 23. Each step
+    takes the family's next perturbation and, after each full turn, the next severity.
     """
     images = crop_and_flip(images, generator)
     start = 0
@@ -76,7 +76,7 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
         names = members(family)
         turn, member = divmod(step, len(names))
         severity = 1 + turn % 5
-        if end > start:  # a small batch has an image for the family in some steps alone
+        if end > start:  # a small batch has an image for the family only in some steps
             perturb = common.PERTURBATIONS[names[member]]
             images[start:end] = perturb(images[start:end], severity, generator)
         start = end
@@ -84,7 +84,7 @@ def augment(images, generator, step, families=common.SEEN_FAMILIES):
 
 
 def members(family):
-    """A family's perturbations but for horizontal_flip, which crop_and_flip does already."""
+    """A family's perturbations except horizontal_flip, which crop_and_flip does already."""
     return [name for name in common.PERTURBATIONS
             if common.FAMILY[name] == family and name != "horizontal_flip"]
 

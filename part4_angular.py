@@ -1,7 +1,7 @@
 """Part 4: does the Angular loss do better than cross-entropy?
 
-Trains as part 1 does, with the Angular loss (Wang et al., ICCV 2017) on an embedding of 128
-numbers; then measures what parts 1 and 2 measure. The classifier is the nearest class mean: the
+Trains as part 1 does, with the Angular loss (Wang et al., ICCV 2017) on a 128-dimensional
+embedding; then measures what parts 1 and 2 measure. The classifier is the nearest class mean: the
 class whose mean training embedding has the highest cosine to the image's.
 
     python part4_angular.py       (on part 3's training images: --augment; with learned proxies of
@@ -11,8 +11,8 @@ class whose mean training embedding has the highest cosine to the image's.
 0.3 %, mean and standard deviation of three trainings on three splits (results/reference).
 
 The paper draws N-pair batches: one pair of images of each of N classes, and as negatives one image
-of every other class. Here batches are class-balanced (of 10 classes six images each, so 60 where
-part 1 has 64, and more steps an epoch), every pair within a class is a positive pair, and all
+of every other class. Here batches are class-balanced (with 10 classes six images of each: 60 where
+part 1 has 64, so more steps per epoch), every pair within a class is a positive pair, and all
 images of other classes are negatives.
 
 Writes what parts 1 and 2 write, as results/part4* and results/part4_robustness*, whatever the
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 MARGINS = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}  # of the losses that learn proxies
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
-PROXY_COPIES = 16  # of a class's proxy in a batch: better than 1 (benchmarks/recipes.md)
+PROXY_COPIES = 16  # of each class's proxy in a batch: better than 1 (benchmarks/recipes.md)
 
 
 def parse_args(argv=None):
@@ -109,7 +109,7 @@ def angular_loss(embeddings, labels, alpha_deg, copies=None):
 def fit_head(model, split, amp):
     """Sets the head's class means, unless a margin loss learned them, and its scale.
 
-    Both by the training images of `split`.
+    Both are computed from the training images of `split`.
     """
     inference = common.Inference(model)
     inference.model.head = torch.nn.Identity()  # leaves what model.outputs gives
@@ -128,7 +128,7 @@ def main(argv=None):
     few = common.few_of(split)  # a small Split, for the accuracy after each epoch
     run = report.start(args, part_name(args), data, split, device, amp)
 
-    learned = args.loss in MARGINS  # these learn the class means; else fit_head sets them
+    learned = args.loss in MARGINS  # these learn proxies as class means; else fit_head sets them
     head = common.ClassMeans(len(data.classes), common.EMBEDDING_DIM, learned)
     model = common.Model(common.EMBEDDING_DIM, head)
     model = model.to(device, memory_format=torch.channels_last)
@@ -207,10 +207,10 @@ def make_criterion(args, head):
 class ProxyAngularLoss:
     """`angular_loss` of a batch that one learned proxy of every class joins, PROXY_COPIES times.
 
-    A proxy is learned, and stays from batch to batch (Movshovitz-Attias et al. 2017). This is no
-    longer the published loss: of the 462 pairs of a class with six images 30 are of two images, 192
-    of an image and its proxy, 240 of the proxy with its copies. The proxies are the head's means,
-    initialized here; after training `fit_head` replaces them.
+    A proxy is a parameter and persists over batches (Movshovitz-Attias et al. 2017). This is no
+    longer the published loss: of the 462 pairs of a class with six images, 30 are of two images,
+    192 of an image and its proxy, 240 of the proxy and its copies. The proxies are the head's
+    means, initialized here; after training, `fit_head` replaces them by class means.
     """
 
     def __init__(self, head, alpha_deg):

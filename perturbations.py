@@ -6,7 +6,7 @@ All randomness comes from the generator; with a CPU generator the draws are the 
 one type on any device. Training calls it in float32 on its device, `perturb` in float64 on the CPU.
 
 Lengths (of a blur, a shift, a square) are in pixels of a 32 x 32 image and scale with the images'
-height: in 16 x 16 images they are half. Constants that stand in CIFAR-10-C are CIFAR-10-C's
+height: in 16 x 16 images they are half. Where CIFAR-10-C has a constant, it is taken from there
 (Hendrycks & Dietterich, ICLR 2019); the images are not, since ours are made on the fly. To add a
 perturbation, write a function under the decorator, which hands it `level`, severity - 1: tables and
 plots find it, and part 3 trains on it unless its family is held out.
@@ -259,7 +259,7 @@ def posterize(images, level, generator):
 def warp(images, matrices, mode="bicubic"):
     """Samples the images at affinely mapped places; matrices (N,2,3) as torch's affine_grid takes.
 
-    Bicubic, as bilinear sampling takes as much detail as a blur, which training shall not see.
+    Bicubic, since bilinear sampling blurs, and training must not see blur.
     """
     device = images.device
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
@@ -276,9 +276,9 @@ def identity(images):
 
 
 def shifted(images, right, down):
-    """Moves every image by its own (N,) numbers of pixels, between pixels bilinearly.
+    """Moves every image by its own (N,) numbers of pixels, with bilinear interpolation.
 
-    Only for blurs: it is one itself, at a third of bicubic sampling's time.
+    Only for blurs: it blurs itself, and takes a third of bicubic sampling's time.
     """
     height, width = images.shape[2:]
     matrices = identity(images)
@@ -336,7 +336,7 @@ def scale(images, level, generator):
 
 @perturbation("geometry")
 def cutout(images, level, generator):
-    """Covers a gray square (DeVries & Taylor 2017) that lies wholly inside; its side in pixels."""
+    """Covers a square with gray (DeVries & Taylor 2017), wholly inside; its side in pixels."""
     height, width = images.shape[2:]
     side = round(pixels_of_32(images, (6, 8, 10, 12, 16)[level]))
     top = (uniform(images, generator, 1, 1, 1) * (height - side + 1)).floor()

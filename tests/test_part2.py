@@ -304,6 +304,6 @@ def test_a_network_edited_since_its_training_is_refused(study, tmp_path, monkeyp
     if edit == "nothing":
         assert part2_robustness.main(arguments)
     else:
-        with pytest.raises(UsageError, match=r"part1.pt: classified 6\d.* with this code"):
+        with pytest.raises(UsageError, match=r"part1.pt: test accuracy was 6\d.* with this code"):
             part2_robustness.main(arguments)
         assert not (tmp_path / "part2.csv").exists()
