@@ -68,14 +68,14 @@ def add_shared(parser):
     add("--data-dir", default="data", help="where the data set is, or is downloaded to")
     add("--results-dir", default="results", help="where every file is written")
     add("--train-fraction", type=number(float, 0, 1, low_open=True), default=0.2,
-        help="share of every class of the training set that is trained on; the rest is the "
+        help="share of each class's training images that is trained on; the rest is the "
              "evaluation split")
     add("--split-seed", type=number(int, 0, 2**32 - 1), default=0,
         help="seed of that split: the same in all parts")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0,
         help="seed of weights, batches, augmentation, UMAP")
     add("--batch-size", type=number(int, 2, 65536), default=64,  # 128: half the steps
-        help="training images per batch (part 4: rounded to as many of every class, at least two)")
+        help="training images per batch (part 4: equally many of every class, at least two)")
     add("--device", default="auto",
         help="auto (cuda, else mps, else cpu), or a torch device such as cuda:1")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
@@ -94,7 +94,7 @@ def add_shared(parser):
 
 
 def add_recipe(parser):
-    """Adds how every part trains: one recipe, so that parts differ in nothing but their subject."""
+    """Adds how every part trains: one recipe, so that parts differ only in what they study."""
     add = parser.add_argument_group("training, the same in every part").add_argument
     add("--epochs", type=number(int, 1, 100_000), default=15,  # 32 to 52 minutes a core, bf16
         help="passes over the training images")
@@ -102,7 +102,7 @@ def add_recipe(parser):
         help="peak learning rate of the one-cycle schedule: a step's length relative to a "
              "convolution's weights")
     add("--weight-decay", type=number(float, 0, 10), default=1e-3,
-        help="L2 penalty of all weights but the convolutions', whose norm is fixed")
+        help="L2 penalty on all weights except the convolutions', whose norm is fixed")
     add("--label-smoothing", type=number(float, 0, 0.9), default=LABEL_SMOOTHING,
         help="probability spread over all classes in the training target (not in the Angular loss)")
 
@@ -115,7 +115,7 @@ def add_no_part2(parser):
 
 
 def from_checkpoint(parser):
-    """Lets a part that tests a checkpoint take what is not given of FROM_CHECKPOINT from it."""
+    """Lets a part that tests a checkpoint take from it what FROM_CHECKPOINT lists, if not given."""
     for action in parser._actions:
         if action.dest in FROM_CHECKPOINT:
             action.default = argparse.SUPPRESS
@@ -142,7 +142,7 @@ def parse(parser, argv):
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for word in words:
         if "\0" in word or word != word.encode(errors="replace").decode():
-            parser.error(f"argument {ascii(word)} is no text here; rename the file or folder, or "
+            parser.error(f"argument {ascii(word)} is not text here; rename the file or folder, or "
                          "set PYTHONUTF8=1")
     args = parser.parse_args(words)
     if "epochs" in args and args.quick:
@@ -168,7 +168,7 @@ INTERRUPTED = "Interrupted. What is finished is kept; to continue: "
 def run(main):
     """Runs a part from the command line: what stops it becomes one sentence and an exit code.
 
-    2: wrong use.  1: a run that failed.  130: Ctrl-C.  A traceback is left to bugs alone.
+    2: wrong use.  1: a run that failed.  130: Ctrl-C.  Only bugs print a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -203,7 +203,7 @@ def explained(error):
     text = first_line(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return (f"{where}{error.strerror or text}; what is finished is kept; when that is fixed, "
+        return (f"{where}{error.strerror or text}; what is finished is kept; once this is fixed, "
                 f"continue: {resuming_command()}")
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text \
             or "ALLOC_FAILED" in text:

@@ -13,7 +13,7 @@ from arguments import RunError, UsageError, first_line
 import torch
 
 FORMAT = "small-data-robustness checkpoint"
-VERSION = 2  # 2: rows, checkpoints and states are told apart by the hash of their weights
+VERSION = 2  # 2: rows, checkpoints and states are identified by the hash of their weights
 NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap", "no_part2"}
 TESTED_WEIGHTS = "--checkpoint with the weights"  # in the identity of part 2's runs
 
@@ -26,7 +26,7 @@ def atomic(path):
     """Yields a temporary path beside `path` that replaces it when the block ends well.
 
     The temporary file always has the same name: what a killed run left is overwritten by the next.
-    Raises RunError if the file cannot be written; what was there before then still stands.
+    Raises RunError if the file cannot be written; what was there before is then still there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -35,7 +35,7 @@ def atomic(path):
         temporary.touch()
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(f"cannot write {path}: {reason}; make that possible, or choose another "
+        raise RunError(f"cannot write {path}: {reason}; make it writable, or choose another "
                        "directory") from None
     try:
         yield temporary
@@ -44,7 +44,7 @@ def atomic(path):
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before "
-                       "still stands; mend that, and start again (a part: with --resume)") from None
+                       "is unchanged; fix this, and start again (a part: with --resume)") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -59,9 +59,9 @@ def remove(paths, why):
                 path.unlink()
                 removed.append(path.name)
         except OSError as error:
-            print(f"{path}: {why}, but cannot be removed ({error.strerror or error})")
+            print(f"{path} should be removed {why}, but cannot be ({error.strerror or error})")
     if removed:
-        print(f"Removed, {why}: {', '.join(removed)}")
+        print(f"Removed {why}: {', '.join(removed)}")
 
 
 def write(path, content):
@@ -161,9 +161,9 @@ def releases_locks(main):
 
 
 def one_at_a_time(work):
-    """Decorates work(folder, …): runs that come to the same folder together take turns.
+    """Decorates work(folder, …): runs that reach the same folder at the same time take turns.
 
-    So the last of several parts that end together has seen the files of all. The folder itself is
+    So the last of several parts that end together sees the files of all. The folder itself is
     locked; where the file system has no locks, nobody waits.
     """
 
@@ -221,15 +221,15 @@ def check_identity(path, before, now):
 def tell_other_versions(path, before, versions):
     """One line for each version of code or package that a resumed run did not begin with.
 
-    In `versions` both stand from then on, for the record.
+    From then on `versions` holds both, for the record.
     """
     for name, had in before.items():
         now = versions.get(name, "unknown")
         if had == now or had.endswith(f", then {now}"):
             versions[name] = had
         else:
-            print(f"{path} was begun with {name} {had}, and goes on with {now}; leave --resume out "
-                  "to start anew")
+            print(f"{path} was begun with {name} {had} and continues with {now}; leave --resume "
+                  "out to start anew")
             versions[name] = f"{had}, then {now}"
 
 
@@ -244,7 +244,7 @@ def save_state(path, identity, epoch, history, parts, generator, versions):
 def resume(path, wanted, identity, epochs, parts, generator, versions):
     """Where a training starts: (start_epoch, history), after the state of `save_state` if `wanted`.
 
-    versions: of code and packages, which take in those of the state.
+    versions: of code and packages; those of the state are merged into them.
 
     Without --resume an old state stays until the first epoch's replaces it; if it was unfinished,
     one line says so. Raises UsageError if an argument that changes the result differs from the
@@ -265,7 +265,7 @@ def resume(path, wanted, identity, epochs, parts, generator, versions):
         start_epoch, history = int(content["epoch"]), list(content["history"])
         tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
+        raise UsageError(f"--resume: the run in {path} was made by other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None
     print(f"Resumed after epoch {start_epoch}")
     return start_epoch, history
@@ -299,14 +299,14 @@ def resume_finished(path, wanted, identity, device, versions):
         finished.values.update({tuple(key): tuple(value) for key, value in content["finished"]})
         tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"--resume: the run in {path} was one of other code, its state does not "
+        raise UsageError(f"--resume: the run in {path} was made by other code, its state does not "
                          f"fit ({first_line(error)}); leave --resume out to start anew") from None
     print(f"Resumed after {len(finished.values)} conditions")
     return finished
 
 
 def tested_weights(path):
-    """{the weights that an interrupted part 2 tested}; empty where no state of it says so."""
+    """{the weights that an interrupted part 2 tested}; empty where no state names them."""
     try:
         return {read(path, "cpu")["identity"][TESTED_WEIGHTS]}
     except (UsageError, KeyError, TypeError):

@@ -106,7 +106,7 @@ def fastest_precision(device):
     if device.type != "cpu":
         return "off"
     if AMX or CPU.get("avx512_bf16"):
-        return "bf16"  # a trial beside other work has found float32 faster here, which it is not
+        return "bf16"  # timed beside other work, float32 has seemed faster here, which it is not
     with torch.random.fork_rng(devices=[]):  # so that the weights to come do not depend on --amp
         layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
         images = torch.rand(16, 64, 16, 16).to(memory_format=torch.channels_last)
@@ -139,11 +139,11 @@ class Data(NamedTuple):
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    repeated: int = 0  # test images that stand in the training set, too, byte for byte
+    repeated: int = 0  # test images that are in the training set, too, byte for byte
 
 
 class Split(NamedTuple):
-    """The training set's two halves, and the hash that names this split in every row."""
+    """The training set's two parts, and the hash that names this split in every row."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -189,8 +189,8 @@ def split_data(data, fraction, seed):
                   data.train_images[rest], data.train_labels[rest], sha.hexdigest()[:12])
     repeated = count_repeated(split.train_images.cpu().numpy(), split.eval_images.cpu().numpy())
     if repeated:
-        print(f"warning: {repeated:,} of {len(rest):,} evaluation images stand among the images "
-              "trained on, too, byte for byte; they show memory, not generalization")
+        print(f"warning: {repeated:,} of {len(rest):,} evaluation images are also among the images "
+              "trained on, byte for byte; they measure memorization, not generalization")
     return split
 
 
@@ -227,8 +227,8 @@ def load_data(dataset, data_dir, device, quick=False):
         test = first_of_each(arrays.test_labels)
     repeated = count_repeated(arrays.train_images[train], arrays.test_images[test])
     if repeated:
-        print(f"warning: {repeated:,} of {len(test):,} test images stand in the training set, too, "
-              "byte for byte; those of them that are trained on show memory, not generalization")
+        print(f"warning: {repeated:,} of {len(test):,} test images are also in the training set, "
+              "byte for byte; those that are trained on measure memorization, not generalization")
     return Data(name, arrays.classes,
                 torch.from_numpy(arrays.train_images[train]).to(device),
                 torch.from_numpy(arrays.train_labels[train]).long().to(device),
@@ -237,7 +237,7 @@ def load_data(dataset, data_dir, device, quick=False):
 
 
 def first_of_each(labels):
-    """The positions of the first images of every class: what --quick is content with."""
+    """The positions of the first images of every class: all that --quick uses."""
     found = [np.flatnonzero(labels == c)[:QUICK_PER_CLASS] for c in np.unique(labels)]
     return np.concatenate(found)
 
@@ -315,14 +315,14 @@ def balanced_batches(images, labels, batch_size, generator):
 
 
 def evenly_spaced(total, n):
-    """min(n, total) positions evenly spaced over `total`: of every class, sorted by it or not."""
+    """min(n, total) positions evenly spaced over `total`: sorted images give every class, too."""
     return torch.linspace(0, total - 1, min(n, total)).round().long()
 
 
 def few_sizes(training, evaluation):
-    """How many of the images the learning curve is of: watching costs at most a tenth of an epoch.
+    """How many images the learning curve is measured on: it costs at most a tenth of an epoch.
 
-    An epoch costs about three forward passes of the training images: forward and backward.
+    An epoch costs about three forward passes over the training images: forward and backward.
     """
     tenth = max(10, int(0.3 * training))  # forward passes of an image
     train_n = min(1000, 2 * tenth // 5, training)  # that part 4 passes twice
@@ -432,7 +432,7 @@ class SideBySide(nn.Conv2d):
 class ClassMeans(nn.Module):
     """The nearest-class-mean classifier: logits are scale × cosine to the class means (C,D).
 
-    The means are set after training, or learned in it as proxies of the classes.
+    The means are set after training, or learned during training as proxies of the classes.
     """
 
     def __init__(self, classes, dim, learned=False):
@@ -446,8 +446,8 @@ class ClassMeans(nn.Module):
     def fit(self, embeddings, labels):
         """Sets the means (unless learned) of embeddings (N,D), labels (N,), and then the scale.
 
-        The scale in 1, 2 … 64 is that of the least label-smoothed cross-entropy (part 1's loss) on
-        these embeddings: finite even where all are classified right, so that gradients survive.
+        The scale, one of 1, 2 … 64, gives the least label-smoothed cross-entropy (part 1's loss) on
+        these embeddings: finite even if all are classified correctly, so gradients do not vanish.
         """
         if not self.learned:
             self.means.copy_(class_means(embeddings, labels, len(self.means)))
@@ -465,7 +465,7 @@ class ClassMeans(nn.Module):
 
 
 class WeightAverage:
-    """The average of a model's weights in which step t weighs as t to the `power`.
+    """The average of a model's weights, in which step t has a weight of t to the `power`.
 
     A power of 12 gives half of the weight to the last twentieth of the steps, 3 to the last sixth
     (polynomial-decay averaging, Shamir & Zhang 2013).  As in stochastic weight averaging (Izmailov
@@ -528,7 +528,7 @@ def folded(model):
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
         if type(module) not in (BasicBlock, Bottleneck, ResNet, nn.Sequential):
-            continue  # an edited block may apply them in another order than it names them
+            continue  # an edited block may apply its layers in another order than it names them
         for conv, norm in itertools.pairwise(list(module._modules)):
             if isinstance(module._modules[norm], nn.BatchNorm2d):
                 fused = fuse_conv_bn_eval(module._modules[conv], module._modules[norm])
@@ -643,7 +643,7 @@ def load_checkpoint(path, device):
         model.load_state_dict(content["model"], strict=True, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path}: does not hold this model ({type(error).__name__}: "
-                         f"{first_line(error)}); write it anew with the part that made "
+                         f"{first_line(error)}); write it again with the part that made "
                          "it") from None
     return model.to(device, memory_format=torch.channels_last).eval(), meta
 

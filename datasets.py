@@ -49,17 +49,17 @@ def cifar10(data_dir):
         test = CIFAR10(data_dir, train=False)
     except Exception as error:  # no network, a page instead of the archive, a full disk
         raise RunError(
-            f"CIFAR-10 is not whole in {folder}, nor could it be made there ({first_line(error)}). "
-            f"Ways out: put {CIFAR10.filename} into {data_dir}; or --dataset folder with a tree "
-            f"{data_dir}/train/<class>/**, {data_dir}/test/<class>/**; or --dataset digits, which "
-            "needs no download") from None
+            f"CIFAR-10 is missing or incomplete in {folder} and could not be put there "
+            f"({first_line(error)}). Ways out: put {CIFAR10.filename} into {data_dir}; or "
+            f"--dataset folder with a tree {data_dir}/train/<class>/**, "
+            f"{data_dir}/test/<class>/**; or --dataset digits, which needs no download") from None
     return Arrays("CIFAR-10", tuple(train.classes), channels_first(train.data),
                   np.array(train.targets), channels_first(test.data), np.array(test.targets))
 
 
 @checkpoints.one_at_a_time
 def unpack_cifar10(data_dir):
-    """Unpacks the user's archive, or downloads one, into DIR; two runs at once take turns."""
+    """Unpacks the user's archive, or downloads one, into data_dir; runs at once take turns."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, extract_archive
 
@@ -164,7 +164,7 @@ def npy(path):
     """The array of an .npy file, read where it is used. Raises OSError or ValueError."""
     with open(path, "rb") as file:
         if file.read(6) != b"\x93NUMPY":  # an archive, or pickled objects, which could be code
-            raise ValueError(f"{path.name} is no .npy file")
+            raise ValueError(f"{path.name} is not an .npy file")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

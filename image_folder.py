@@ -1,6 +1,6 @@
 """Reads a data set from image files, DIR/train/<class>/** and DIR/test/<class>/**.
 
-What is not hidden is read, or named in an error. Nothing is cached, nothing is written.
+Every file that is not hidden is read, or named in an error. Nothing is cached or written.
 """
 
 import os
@@ -47,8 +47,8 @@ def read_image(path, size=32):
     BACKGROUND. 16-bit gray is divided by 257, rounded; Pillow itself drops the lower byte of
     16-bit color. An animation gives its first frame. Color profiles are not applied. Another size
     is resized last, bilinearly.
-    Raises ValueError for what has no certain 8-bit value (pages; signed, 32-bit or float gray),
-    and any other exception that Pillow's decoder raises.
+    Raises ValueError for what has no certain 8-bit value (pages; signed, 32-bit or float gray);
+    any exception of Pillow's decoder passes through.
     """
     with Image.open(path) as image:
         if image.format in PAGED_FORMATS and image.n_frames > 1:
@@ -122,7 +122,7 @@ def _is_text(name):
 
 
 def _shown(text):
-    """A path or a message as it can be printed: escaped if it is no text."""
+    """A path or a message as it can be printed: escaped if it is not text."""
     text = str(text)
     return text if _is_text(text) else ascii(text)
 
@@ -150,8 +150,8 @@ def read_tree(data_dir, size=32):
     data_dir: path of DIR.  size: side of the images, pixels.
     Returns a Tree. Classes are in the order of their names, the images of a class in that of
     their POSIX paths below the class folder; both compared as Unicode NFC text, by code point.
-    Symbolic links are followed. Hidden is what has a name, or is below one, that begins with a dot.
-    Raises RunError, one sentence, for another form of tree, names that are no text, entries that
+    Symbolic links are followed. A name that begins with a dot is hidden, with all below it.
+    Raises RunError, one sentence, for another form of tree, names that are not text, entries that
     are neither file nor folder, files that read_image refuses (all of them), and lack of memory.
     """
     data_dir, problems = Path(data_dir), []
@@ -159,10 +159,10 @@ def read_tree(data_dir, size=32):
     test = _find_classes(data_dir, "test", problems)
     name = text_of(os.path.basename(os.path.realpath(data_dir)))  # tables call the data set by it
     if name and not _is_text(name):
-        problems.insert(0, f"{ascii(str(data_dir))} (its name is no UTF-8 text)")
+        problems.insert(0, f"{ascii(str(data_dir))} (its name is not UTF-8 text)")
     if problems:
         raise RunError(f"--dataset folder: {_named(problems)}; rename, move or remove what is "
-                       "named here: nothing that is not hidden is left out")
+                       "named here: only hidden files are left out")
     _check_classes(data_dir, train, test)
     classes = tuple(sorted(train))
     paths = [path for split in (train, test) for c in classes for path in split[c]]
@@ -178,7 +178,7 @@ def _find_classes(data_dir, split, problems):
     """The sorted file paths of every class in DIR/split, by class name; adds to `problems`."""
     top, folders = data_dir / split, {}
     if not os.path.isdir(top):
-        what = "is no folder" if os.path.exists(top) else "does not exist"
+        what = "is not a folder" if os.path.exists(top) else "does not exist"
         where = _shown(data_dir)
         raise RunError(f"--dataset folder: {_shown(top)} {what}; expected {where}/train/<class>/* "
                        f"and {where}/test/<class>/*; set --data-dir to the folder that holds "
@@ -238,7 +238,7 @@ def _entries(folder, problems):
         if _is_text(text_of(entry.name)) and not entry.name.startswith("."):
             named.append(entry)
         elif not entry.name.startswith("."):
-            problems.append(f"{ascii(entry.path)} (its name is no UTF-8 text)")
+            problems.append(f"{ascii(entry.path)} (its name is not UTF-8 text)")
     return named
 
 
@@ -270,7 +270,7 @@ def _check_classes(data_dir, train, test):
     empty = [f"{split}/{name}" for split, classes in (("train", train), ("test", test))
              for name in sorted(classes) if not classes[name]]
     if empty:
-        raise RunError(f"{where}: {_named(empty, ', ')} holds no image that is not hidden; every "
+        raise RunError(f"{where}: {_named(empty, ', ')} holds no image, or only hidden ones; every "
                        "class needs some in train and in test; add images, or remove the class")
 
 

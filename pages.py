@@ -1,4 +1,4 @@
-"""Markdown whose text cannot break out of its place, and the same as one self-contained page."""
+"""Markdown in which no text can break the markup, and the same as one self-contained page."""
 
 import base64
 import html
@@ -58,7 +58,7 @@ figcaption { font-size: .85rem; color: var(--quiet); }
 
 
 def escape(text):
-    """Text as it shall be read, in Markdown, in its tables and in HTML, on one line."""
+    """Text escaped so that Markdown, its tables and HTML show it as it is, on one line."""
     readable = str(text).encode("utf-8", "replace").decode()
     return SPECIAL.sub(lambda found: " " if found[0].isspace() else f"&#{ord(found[0])};", readable)
 
@@ -96,7 +96,7 @@ def write(path, text):
     """
     try:
         report.write_text(path, page(text, Path(path).parent))
-    except Exception as error:  # Markdown is not installed, or any other: the text stands
+    except Exception as error:  # Markdown is not installed, or any other: the .md is there
         print(f"{path}: no page ({type(error).__name__}: {first_line(error)}); the .md has the "
               "same text")
 

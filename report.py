@@ -35,7 +35,7 @@ LOSSES = {"angular": "Angular", "arcface": "ArcFace", "cosface": "CosFace",
           "sphereface": "SphereFace"}
 ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", "_severities.png",
                     "_examples.png", "_fgsm.png", "_adversarial.png", "_umap.png", "_umap.npz")
-REWRITE = "move it away; its part writes it anew"
+REWRITE = "move it away; its part will write it again"
 OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "cleverhans", "umap-learn")
 
@@ -86,7 +86,7 @@ class Run:
 def label(part, args):
     """What a part's model is called: its loss and its training images.
 
-    By its name alone where a record or a checkpoint, which anybody can edit, says nothing else.
+    From the part's name alone where a record or checkpoint, which anybody can edit, says no more.
     """
     try:
         loss = args.get("loss", "angular")
@@ -105,13 +105,13 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
 
     meta: of the checkpoint that part 2 tests, whose label and seed its rows and figures have.
 
-    Raises UsageError if the results directory holds another study's results, or a file that no part
-    wrote under the name of one; RunError if it cannot be written to.
+    Raises UsageError if the results directory holds another study's results, or a file that has the
+    name of a part's but was not written by one; RunError if it cannot be written to.
     """
     if not (part in common.PARTS and part in LABELS and part in plots.PART_COLORS):
-        raise UsageError(f"no part is called {part!r}; an own one has to be added to common.PARTS, "
-                         "report.LABELS, plots.PART_COLORS and, with what it is compared, "
-                         "comparison.REFERENCES")
+        raise UsageError(f"no part is called {part!r}; add your own to common.PARTS, "
+                         "report.LABELS, plots.PART_COLORS and, with the parts that it is compared "
+                         "with, comparison.REFERENCES")
     folder = Path(args.results_dir)
     values = {key: value for key, value in vars(args).items() if key != "command"}
     sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels),
@@ -170,7 +170,7 @@ def versions_at_start():
 def versions():
     """{package: version} of what computes, with Python's and the commit.
 
-    Where the Python files differ from the commit, or there is none, a hash of them follows.
+    Where the Python files differ from the commit, or there is no commit, a hash of them follows.
     """
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     found["python"] = platform.python_version()
@@ -236,8 +236,8 @@ def clean_rows(run, predictions, repeated):
     """Everything that is measured on unperturbed images.
 
     predictions: {"train" | "evaluation" | "test": Prediction}.  The heads class_means, knn and
-    probe are fitted on the training images' 512-d features, the same way in every part, to tell the
-    loss from the head.  repeated: test images that stand in the training set, too.
+    probe are fitted on the training images' 512-d features, the same way in every part, to separate
+    the loss from the head.  repeated: test images that are in the training set, too.
     """
     train = predictions["train"]
     means = metrics.class_means(train.features, train.labels, len(run.classes))
@@ -384,7 +384,7 @@ def read_correct(folder, name):
         with np.load(path, allow_pickle=False) as file:
             images = {key: file[key] for key in file.files if "/" in key}
             if any(array.dtype != bool or array.ndim != 1 for array in images.values()):
-                raise ValueError("arrays that are no booleans")
+                raise ValueError("arrays that are not booleans")
             pixels = json.loads(str(file["pixels"])) if "pixels" in file.files else {}
             return Correct(str(file["weights"]), str(file["part1"]), images, dict(pixels))
     except (FileNotFoundError, NotADirectoryError):
@@ -432,7 +432,7 @@ def end_epoch(run, history, state, generator):
 
 
 def retire(run):
-    """Removes part 2's results of a part's former weights, by their exact names, and says so."""
+    """Removes part 2's results of a part's earlier weights, by their exact names, and says so."""
     name = robustness_name(run.part)
     tested = {row["weights"] for row in read_table(run.folder / f"{name}.csv")}
     record, images = read_record(run.folder, name), read_correct(run.folder, name)
@@ -445,14 +445,14 @@ def retire(run):
     if tested or begun:
         endings = ROBUSTNESS_FILES if tested else ("_state.pt",)
         checkpoints.remove([run.folder / f"{name}{ending}" for ending in endings],
-                           f"as of the former weights {', '.join(sorted(tested | begun))}")
+                           f"as results of earlier weights {', '.join(sorted(tested | begun))}")
 
 
 # ---- what every training part does after its loop -----------------------------------------------
 
 
 def finish(run, model, predictions, history, repeated):
-    """Writes all that a training part leaves, the hardest to replace first; returns its rows.
+    """Writes all the files of a training part, the hardest to replace first; returns its rows.
 
     Checkpoint, record and tables, then figures, none of which can end the run.
     """
@@ -492,8 +492,8 @@ def finish(run, model, predictions, history, repeated):
 def saved_before(run, model):
     """The model in the run's checkpoint, if a resumed training had ended in it; else None.
 
-    BatchNorm's statistics have been estimated anew since, and their last bits depend on how many
-    threads add them up: part 2's results would be of other weights.
+    BatchNorm's statistics have been estimated again since, and their last bits depend on how many
+    threads sum them: part 2's results would be of other weights.
     """
     if not run.args["resume"]:
         return None
@@ -525,10 +525,10 @@ class Panel(NamedTuple):
 
 
 def umap_rows(run, panels):
-    """What the maps show, measured among the features themselves, where models can be compared.
+    """What the maps show, measured on the features themselves, where models can be compared.
 
-    The neighbour measure asks the clean images of the panel, the image itself left out, as many of
-    them in all panels; where the smallest class has one image it is nan.
+    k-NN accuracy asks the nearest clean images of the panel except the image itself, with the same
+    k in all panels; it is nan where the smallest class has one image.
     """
     k = min(metrics.neighbours_for(panel.labels, not_itself=True) for panel in panels)
     rows = []
@@ -555,15 +555,15 @@ def draw_umap(run, panels, measured):
     """
     files = [run.path("_umap.npz"), run.path("_umap.png")]
     if run.args["no_umap"]:
-        checkpoints.remove(files, "as --no-umap makes no new ones")
+        checkpoints.remove(files, "since --no-umap makes no new ones")
         return
     try:
         features = torch.cat([panel.features for panel in panels])
         coordinates = common.umap_coordinates(features, run.args["seed"])
     except Exception as error:  # numba and umap-learn raise whatever they like
-        print(f"UMAP failed ({type(error).__name__}: {first_line(error)}); no picture, the numbers "
-              "stand")
-        checkpoints.remove(files, "as of a former run")
+        print(f"UMAP failed ({type(error).__name__}: {first_line(error)}); no picture is drawn, "
+              "the numbers are not affected")
+        checkpoints.remove(files, "as results of an earlier run")
         return
     sizes = [len(panel.labels) for panel in panels]
     maps = np.split(coordinates, np.cumsum(sizes)[:-1])
@@ -584,5 +584,5 @@ def draw_umap(run, panels, measured):
                 label=np.concatenate([panel.labels for panel in drawn]),
                 panel=np.repeat([panel.title for panel in panels], sizes))
     except RunError as error:
-        print(f"{error}; the tables stand")
+        print(f"{error}; the tables are not affected")
     plots.umap(files[1], drawn, run)

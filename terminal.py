@@ -7,14 +7,14 @@ import time
 from arguments import RunError
 from metrics import percent
 
-FIRST_STEPS = 2  # what is loaded, measured or compiled in them, is so once a run
-TIMED_STEPS = 10  # the next, which tell how long the run will take
+FIRST_STEPS = 2  # not timed: what they load, measure or compile happens once a run
+TIMED_STEPS = 10  # the next ones, from which the time of the run is estimated
 
 
 class EpochMeter:
     """Iterates over an epoch's batches, and sums what its history row needs without a sync.
 
-    The bar counts the steps of the whole run; after the first steps one line says how long that is.
+    The bar counts the steps of the whole run; after the first steps one line estimates its time.
     """
 
     def __init__(self, epoch, epochs, batches, steps):
@@ -51,7 +51,7 @@ class EpochMeter:
     def add(self, loss, labels, logits=None):
         """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C).
 
-        Of labels (B,C), as of mixed images, the largest counts.
+        With labels (B,C), as for mixed images, the largest counts.
         """
         if labels.ndim == 2:
             labels = labels.argmax(1)
@@ -64,7 +64,7 @@ class EpochMeter:
             self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
 
     def finish(self, evaluation_accuracy, eval_n, scheduler):
-        """The epoch's history row, the accuracy of `eval_n` images in it; prints it."""
+        """Prints and returns the epoch's history row, with the accuracy on `eval_n` images."""
         train_accuracy = float(self.correct) / self.images
         train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
         print(f"epoch {self.epoch + 1:3d}  loss {self.loss:6.3f}  {train}evaluation "

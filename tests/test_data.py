@@ -231,7 +231,7 @@ def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsy
     arrays = datasets.Arrays("toy", ("a", "b"), images, labels, test, labels[:6])
     monkeypatch.setattr(datasets, "digits", lambda: arrays)
     assert common.load_data("digits", "x", CPU).repeated == 4
-    assert "warning: 4 of 6 test images stand in the training set" in capsys.readouterr().out
+    assert "warning: 4 of 6 test images are also in the training set" in capsys.readouterr().out
     monkeypatch.setattr(datasets, "digits", lambda: arrays._replace(test_images=test ^ 3))
     assert common.load_data("digits", "x", CPU).repeated == 0
     assert "warning" not in capsys.readouterr().out
@@ -423,7 +423,8 @@ def test_what_is_no_npy_file_of_cifar10c_is_named_or_hidden(tmp_path):
     np.savez(folder / "snow", images=np.zeros(3))
     (folder / "snow.npz").rename(folder / "snow.npy")
     np.save(folder / "zoom.npy", np.array(5))
-    for name, found in (("snow.npy", "snow.npy is no .npy file"), ("zoom.npy", "zoom.npy is int")):
+    for name, found in (("snow.npy", "snow.npy is not an .npy file"),
+                        ("zoom.npy", "zoom.npy is int")):
         with pytest.raises(UsageError, match=found):
             datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
         (folder / name).unlink()

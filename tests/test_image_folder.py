@@ -499,7 +499,7 @@ def test_names_that_are_no_text_are_refused_before_anything_is_decoded(name, tmp
         file.write(encoded(Image.new("L", (2, 2)), "PPM"))
     monkeypatch.setattr(Image, "open", None)
     message = error_of(top)
-    assert "no UTF-8 text" in message
+    assert "not UTF-8 text" in message
     assert all(32 <= ord(character) < 127 for character in message)  # any locale prints it
 
 
@@ -666,7 +666,7 @@ def test_a_very_large_image_is_read_without_a_warning_or_named(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("files", "words"), [
     ([], ["train does not exist"]),
-    (["train"], ["train is no folder"]),
+    (["train"], ["train is not a folder"]),
     (["train/a/1", "train/b/1"], ["test does not exist"]),
     (["train/a/1", "test/a/1"], ["at least two class folders", " a "]),
     (["train/a/1", "train/b/1", "test/a/1", "test/c/1"], ["b only in train", "c only in test"]),

@@ -96,7 +96,7 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 1")
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(RunError, match=r"a.pt: disk full, .* still stands; .*--resume"):
+    with pytest.raises(RunError, match=r"a.pt: disk full, .* is unchanged; .*--resume"):
         checkpoints.write(path, {"n": 2})
     assert checkpoints.read(path, CPU)["n"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
@@ -405,7 +405,7 @@ def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
     assert code == 2, error
     assert is_sentence(error)
     assert name in error
-    assert "move it away; its part writes it anew" in error
+    assert "move it away; its part will write it again" in error
     assert contents(mine) == before
 
 

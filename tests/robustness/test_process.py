@@ -209,5 +209,5 @@ def test_arguments_that_are_no_text_are_refused_in_one_sentence(tree, tmp_path):
         check=False)
     assert done.returncode == 2
     line = done.stderr.decode().splitlines()[-1]
-    assert "is no text here; rename the file or folder" in line
+    assert "is not text here; rename the file or folder" in line
     assert not list(tmp_path.iterdir())

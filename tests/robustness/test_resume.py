@@ -130,7 +130,7 @@ def test_with_a_state_of_other_weights_part_2_does_not_resume(narrow, data, tmp_
     state = folder / "results/part2_state.pt"
     kept = state.read_bytes()
     log = end(start("part1_baseline", on_tree(data, "results", "--lr", 0.05), folder), folder)
-    assert "Removed, as of the former weights" in log
+    assert "Removed as results of earlier weights" in log
     assert not state.exists()
     state.write_bytes(kept)  # as if copied from elsewhere
     argv = on_checkpoint("results/part1.pt", "results", "--resume")
@@ -191,7 +191,7 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_records_both(narrow, tre
         monkeypatch.setattr(report, "finish", finish if i else interrupted)
         code, _, out = call("part1_baseline", on_tree(tree, tmp_path, "--resume"))
         assert code == (0 if i else 130)
-        assert ("begun with commit abc, and goes on with def-dirty" in out) == (i > 0)
+        assert ("begun with commit abc and continues with def-dirty" in out) == (i > 0)
     record = json.loads((tmp_path / "part1.json").read_text(encoding="utf-8"))
     assert record["versions"]["commit"] == "abc, then def-dirty"
 
@@ -281,7 +281,7 @@ def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mi
         code, error, out = call("part1_baseline", on_tree(tree, mine, "--resume"))  # has ended
         assert code == 0, error
         assert state.exists() == stays
-        assert ("as of the former weights" in out) != stays
+        assert ("as results of earlier weights" in out) != stays
 
 
 def test_a_run_is_of_the_code_that_it_began_with(narrow, tree, tmp_path, monkeypatch):
