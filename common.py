@@ -273,7 +273,7 @@ def batches(images, labels, batch_size, generator):
 
 
 class Balance(NamedTuple):
-    """How a balanced batch is made up: so many classes, and so many images of each."""
+    """How a balanced batch is made up: how many classes, and how many images of each."""
 
     classes: int
     each: int
@@ -293,7 +293,7 @@ def balance(labels, batch_size):
 
 
 def balanced_batches(images, labels, batch_size, generator):
-    """Like `batches`, with as many images of every class of a batch, in random order."""
+    """Like `batches`, with equally many images of each class of a batch, in random order."""
     device = images.device
     plan = balance(labels, batch_size)
     order = torch.randperm(len(images), generator=generator, device=device)
@@ -522,7 +522,7 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def folded(model):
-    """A copy for inference, each BatchNorm folded into its convolution: the same, but faster."""
+    """A faster copy for inference: each BatchNorm folded into its convolution, up to rounding."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     model = copy.deepcopy(model).eval()
@@ -541,7 +541,7 @@ class Inference(nn.Module):
     """What `predict` makes of a model; made once where many predictions follow.
 
     forward: float (B,3,H,W) in [0,1] → logits (B,C), features (B,512), the last layer's input.
-    compiled: through torch.compile, its weights as constants. The same up to rounding.
+    compiled: through torch.compile, its weights as constants; equal up to rounding.
     """
 
     def __init__(self, model, compiled=False):

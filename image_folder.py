@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 BACKGROUND = (255, 255, 255)  # white: what shows through where an image is transparent
-NAMED = 10  # so many are named in one error; the others are counted
+NAMED = 10  # how many are named in one error; the others are counted
 PLAIN_MODES = ("1", "L", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 ALPHA_MODES = ("LA", "La", "RGBA", "RGBa", "P", "PA")  # the colors of a palette may have alpha
 GRAY16_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
