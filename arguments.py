@@ -96,7 +96,7 @@ def add_shared(parser):
 def add_recipe(parser):
     """Adds how every part trains: one recipe, so that parts differ only in what they study."""
     add = parser.add_argument_group("training, the same in every part").add_argument
-    add("--epochs", type=number(int, 1, 100_000), default=15,  # 32 to 52 minutes a core, bf16
+    add("--epochs", type=number(int, 1, 100_000), default=15,  # 22 to 52 minutes a core, bf16
         help="passes over the training images")
     add("--lr", type=number(float, 0, 100, low_open=True), default=0.02,  # benchmarks/recipes.md
         help="peak learning rate of the one-cycle schedule: a step's length relative to a "

@@ -55,7 +55,7 @@ def claims_of_one(study, table, tests):
         corrected = metrics.holm([change.p_value for change in means.values()])
         for (title, change), p_value in zip(means.items(), corrected, strict=True):
             claims.append(network_claim(ours, theirs, title, change, p_value))
-    claims += attack_claims([study], "this network: ")
+    claims += attack_claims([study])
     return claims + audit_claim([study])
 
 
@@ -132,7 +132,7 @@ def network_claim(ours, theirs, title, change, p_value):
                  f"this network: {outcome}", "comparison.csv")
 
 
-def attack_claims(studies, whose):
+def attack_claims(studies):
     """That parts are less accurate than guessing under the strongest attack, network by network.
 
     With several trainings, a verdict is given only if it is the same for each of them.
@@ -148,6 +148,7 @@ def attack_claims(studies, whose):
         verdicts = {outcome.verdict for outcome in found}
         said = verdicts.pop() if len(verdicts) == 1 else "not resolved"
         evidence = "; ".join(outcome.evidence for outcome in found)
+        whose = "this network: " if len(found) == 1 else ""
         claims.append(Claim(claim, evidence, whose + said, found[0].file))
     return claims
 

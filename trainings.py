@@ -284,7 +284,7 @@ def claims_of_method(studies, titles, lines, tests):
         if where:
             claim = f"{titles[test.part]} is more accurate than {titles[test.reference]} {where}"
             found.append(method_claim(claim, test.change, test.p_holm))
-    return found + claims.attack_claims(studies, "") + claims.audit_claim(studies)
+    return found + claims.attack_claims(studies) + claims.audit_claim(studies)
 
 
 def head_table(studies, counts, titles):
