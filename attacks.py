@@ -8,18 +8,6 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def eval_mode(model):
-    """Eval mode inside the block; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
 def attack_mode(model):
     """Eval mode, float32, no gradients for the parameters; afterwards all is as it was before.
 
@@ -29,15 +17,18 @@ def attack_mode(model):
         if not parameter.isfinite().all():
             raise ValueError(f"{name} has values that are not finite, so an attack would change "
                              "nothing; part 4's class means are nan until fit_head sets them")
+    training = [module for module in model.modules() if module.training]
     wanted = [p.requires_grad for p in model.parameters()]
     device = next(model.parameters()).device.type
-    with eval_mode(model), torch.autocast(device, enabled=False):
-        model.requires_grad_(False)
-        try:
+    model.eval().requires_grad_(False)
+    try:
+        with torch.autocast(device, enabled=False):
             yield
-        finally:
-            for parameter, flag in zip(model.parameters(), wanted, strict=True):
-                parameter.requires_grad_(flag)
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, flag in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)
 
 
 def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):

@@ -2,7 +2,6 @@
 
 import math
 
-import attacks
 import common
 import part4_angular
 import report
@@ -240,7 +239,8 @@ def test_head_classifies_by_the_nearest_mean_and_keeps_gradients(small_photos, t
     split = common.Split(small_photos, labels, None, None, "")
     fit_head(model, split, AMP)
     images = common.to_float(small_photos)
-    with attacks.eval_mode(model), torch.no_grad():
+    model.eval()
+    with torch.no_grad():
         embeddings = F.normalize(model.outputs(images), dim=1)
         logits = model(images)
     means = torch.stack([F.normalize(embeddings[labels == c].mean(0), dim=0) for c in range(4)])
@@ -264,7 +264,8 @@ def test_class_means_are_of_what_the_model_puts_out(small_photos, tiny_backbone)
     model = Projected(16, common.ClassMeans(4, 16))
     labels = torch.arange(40) % 4
     fit_head(model, common.Split(small_photos, labels, None, None, ""), AMP)
-    with attacks.eval_mode(model), torch.no_grad():
+    model.eval()
+    with torch.no_grad():
         embeddings = F.normalize(model.outputs(common.to_float(small_photos)), dim=1)
     for c in range(4):
         mean = embeddings[labels == c].mean(0)

@@ -77,11 +77,11 @@ def test_attacks_leave_the_model_as_it_was(small_model, batch):
     small_model.eval()
 
 
-def test_every_module_is_in_its_former_mode_after_eval_mode(small_model):
+def test_every_module_is_in_its_former_mode_after_an_attack(small_model):
     model = copy.deepcopy(small_model).train()
     model.backbone.bn1.eval()  # a frozen layer
     before = [module.training for module in model.modules()]
-    with attacks.eval_mode(model):
+    with attacks.attack_mode(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before
 
