@@ -197,9 +197,8 @@ def split_data(data, fraction, seed):
 def too_small(data, fraction):
     """Which class a fraction leaves empty, and the fractions that would work."""
     counts = data.train_labels.bincount(minlength=len(data.classes)).tolist()
-    smallest = min(range(len(counts)), key=counts.__getitem__)
-    n = counts[smallest]
-    found = (f"class {data.classes[smallest]!r} has {n} training images, of which it leaves "
+    n = min(counts)
+    found = (f"class {data.classes[counts.index(n)]!r} has {n} training images, of which it leaves "
              f"{round(fraction * n)} to train on and {n - round(fraction * n)} to evaluate")
     if n < 2:
         return f"{found}; every class needs at least two"
