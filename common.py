@@ -679,15 +679,16 @@ def umap_coordinates(features, seed, neighbours=15):
 
         exact = features.cpu().double()
         exact = exact - exact.mean(0)
+        neighbours = min(neighbours, len(exact))
         indices = []
         distances = []
         for block in exact.split(2048):
             distance = torch.cdist(block, exact)
             distance[distance < 1e-6 * distance.max()] = 0  # an image to itself, but for rounding
-            near = distance.topk(min(neighbours, len(exact)), largest=False)
+            near = distance.topk(neighbours, largest=False)
             indices.append(near.indices)
             distances.append(near.values.float())
         knn = torch.cat(indices).numpy(), torch.cat(distances).numpy(), None
-        reducer = umap.UMAP(n_neighbors=knn[0].shape[1], random_state=seed, precomputed_knn=knn,
+        reducer = umap.UMAP(n_neighbors=neighbours, random_state=seed, precomputed_knn=knn,
                             n_epochs=200, force_approximation_algorithm=True)
         return reducer.fit_transform(features.cpu().numpy())
