@@ -88,8 +88,7 @@ class Amp:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self):
-        dtype = self.dtype or torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def step(self, loss, optimizer):
         optimizer.zero_grad(set_to_none=True)
