@@ -614,9 +614,8 @@ def save_checkpoint(path, model, meta):
 def load_checkpoint(path, device):
     """Reads a training part's checkpoint: (model in eval mode on `device`, meta).
 
-    meta holds plain values: part, args, dataset, classes, outputs, head, split_hash, epoch, seed,
-    versions, device, metrics.  Nothing in the file is ever executed.  Raises UsageError for
-    whatever is not such a file.
+    meta holds plain values, those of META among them.  Nothing in the file is ever executed.
+    Raises UsageError for whatever is not such a file.
     """
     content = checkpoints.read(path, device)
     if "parts" in content:
