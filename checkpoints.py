@@ -277,7 +277,7 @@ class Finished(NamedTuple):
     path: Path
     identity: dict
     versions: dict
-    values: dict  # (name, severity) → tuple
+    values: dict  # (name, severity …) → tuple
 
     def add(self, condition, values):
         self.values[condition] = values

@@ -204,8 +204,7 @@ class Tested(NamedTuple):
 
 
 def finished_before(args, run, published_hash):
-    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or
-    None, hash of the pixels).
+    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
 
     published_hash: of CIFAR-10-C's files.  Kept among the run's versions, to tell results on
     different files apart.
@@ -236,12 +235,13 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
         perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
         strongest = severity in ("", max(args.severities))
         pixels = hashlib.sha256(perturbed.cpu().numpy()).hexdigest()[:12]
-        if finished.values.get((name, severity), ())[3:] != (pixels,):  # not yet, or of other code
+        key = name, severity, pixels  # by edited code, other pixels: predicted anew
+        if key not in finished.values:
             logits, features, _ = common.predict(model, perturbed, amp)
             calibration_error = metrics.calibration_error(logits, labels)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
-            finished.add((name, severity), (logits.argmax(1), calibration_error, some, pixels))
-        predicted, calibration_error, features, _ = finished.values[name, severity]
+            finished.add(key, (logits.argmax(1), calibration_error, some))
+        predicted, calibration_error, features = finished.values[key]
         record(tested, run, name, severity, predicted, labels, calibration_error)
         tested.pixels[f"test/{name}/{severity}"] = pixels
         title = f"{name} {severity}".replace("_", " ").strip()
