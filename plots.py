@@ -214,20 +214,17 @@ def history(path, history, run, measured=None):
     handles = right.plot(epochs, accuracies[:, 0], **training)
     labels = ["training batches"]
     n = history[-1]["eval_n"]
-    known = [(h["epoch"], *wilson_interval(h["eval_accuracy"] * n, n)) for h in history
-             if math.isfinite(h["eval_accuracy"])]
-    bounds = np.array(known).reshape(-1, 3) * (1, 100, 100)  # epoch, low, high
-    shown = [*accuracies.flat, *bounds[:, 1:].flat]
-    if known:
-        color = PART_COLORS.get(run.part, "#000000")
-        handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
-        right.fill_between(*bounds.T, color=color, alpha=0.15, linewidth=0)
-        labels.append(f"{n} evaluation images, averaged weights")
-        if measured is not None and n < run.sizes["evaluation"]:
-            handles += right.plot(epochs[-1:], [100 * measured], color=color, marker="D",
-                                  linestyle="", clip_on=False)
-            labels.append(f"all {run.sizes['evaluation']:,}")
-            shown.append(100 * measured)
+    bounds = 100 * np.array([wilson_interval(h["eval_accuracy"] * n, n) for h in history])
+    color = PART_COLORS[run.part]
+    handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
+    right.fill_between(epochs, *bounds.T, color=color, alpha=0.15, linewidth=0)
+    labels.append(f"{n} evaluation images, averaged weights")
+    shown = [*accuracies.flat, *bounds.flat]
+    if measured is not None and n < run.sizes["evaluation"]:
+        handles += right.plot(epochs[-1:], [100 * measured], color=color, marker="D",
+                              linestyle="", clip_on=False)
+        labels.append(f"all {run.sizes['evaluation']:,}")
+        shown.append(100 * measured)
     left.set_ylabel("training loss")
     right.set(ylabel="accuracy (%)", ylim=room(shown))
     for axes in (left, right):

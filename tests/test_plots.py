@@ -602,10 +602,10 @@ def test_examples_show_the_pixels(tmp_path, drawn):
 
 def test_history_shows_one_epoch_and_leaves_out_what_was_not_measured(tmp_path, drawn):
     nan = float("nan")
-    plots.history(tmp_path / "x.png", [HISTORY[0] | {"eval_accuracy": nan}], run_of())
+    plots.history(tmp_path / "x.png", [HISTORY[0] | {"train_accuracy": nan}], run_of())
     plots.history(tmp_path / "y.png", HISTORY, run_of())
-    (one,) = drawn["x.png"][0].axes[1].lines
-    assert one.get_marker() == "o" and one.get_ydata() == pytest.approx([35])
+    _, one = drawn["x.png"][0].axes[1].lines
+    assert one.get_marker() == "o" and one.get_ydata() == pytest.approx([40])
     (loss,) = drawn["y.png"][0].axes[0].lines
     assert loss.get_ydata() == pytest.approx([2, 1, 2 / 3, 0.5])
     training, evaluation = drawn["y.png"][0].axes[1].lines
