@@ -624,9 +624,14 @@ def means(rows, part, lines):
 
 def balanced(blocks):
     """The lines of all blocks in one column if they are few, else in two of about equal length."""
-    cuts = range(1, len(blocks)) if sum(map(len, blocks)) > 8 else ()
-    columns = [[sum(blocks[:cut], []), sum(blocks[cut:], [])] for cut in cuts]
-    return min(columns, key=lambda pair: max(map(len, pair)), default=[sum(blocks, [])])
+    columns = [sum(blocks, [])]
+    if len(columns[0]) <= 8:
+        return columns
+    for cut in range(1, len(blocks)):
+        two = [sum(blocks[:cut], []), sum(blocks[cut:], [])]
+        if max(map(len, two)) < max(map(len, columns)):
+            columns = two
+    return columns
 
 
 def comparison_caption(perturbed, fgsm):
