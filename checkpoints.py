@@ -15,6 +15,7 @@ import torch
 FORMAT = "small-data-robustness checkpoint"
 VERSION = 2  # 2: rows, checkpoints and states are identified by the hash of their weights
 NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap", "no_part2"}
+NO_EFFECT_PART2 = {*NO_EFFECT, "checkpoint", "batch_size"}  # a checkpoint is known by its weights
 TESTED_WEIGHTS = "--checkpoint with the weights"  # in the identity of part 2's runs
 
 

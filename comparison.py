@@ -531,10 +531,11 @@ def differences(record, reference, other):
 
 def facts(record):
     """{argument: value} of a run, as far as they change its result, as Markdown."""
-    of_part2 = {"checkpoint", "batch_size"} if "checkpoint" in record["args"] else set()
+    of_part2 = "checkpoint" in record["args"]
+    ignored = checkpoints.NO_EFFECT_PART2 if of_part2 else checkpoints.NO_EFFECT
     values = {}
     for name, value in record["args"].items():
-        if name not in checkpoints.NO_EFFECT | of_part2 and name != "amp":
+        if name not in ignored and name != "amp":
             values[code(checkpoints.flag(name))] = report.spelled(value)
     values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
     values["optimizer"] = report.spelled(record["versions"].get("optimizer", "unknown"))

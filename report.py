@@ -148,7 +148,7 @@ def tell_what_is_replaced(run):
         return
     before = record["args"] | {"amp": record.get("amp")}
     now = json.loads(json.dumps(run.args | {"amp": run.amp}))  # tuples as lists, as in the record
-    ignored = {*checkpoints.NO_EFFECT, "checkpoint", "batch_size" if run.name != run.part else ""}
+    ignored = checkpoints.NO_EFFECT if run.name == run.part else checkpoints.NO_EFFECT_PART2
     differing = [f"{checkpoints.flag(name)} {spelled(before[name])}"
                  for name in sorted(before.keys() & now.keys() - ignored)
                  if before[name] != now[name]]

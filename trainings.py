@@ -20,7 +20,7 @@ from pages import bullets, code, markdown_table
 import numpy as np
 
 NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `made_with` names it
-NOT_COMPARED_PART2 = {*NOT_COMPARED, "checkpoint", "batch_size", "cifar10c"}
+NOT_COMPARED_PART2 = {*NOT_COMPARED, *checkpoints.NO_EFFECT_PART2, "cifar10c"}
 RECORDED = ("optimizer", "stopped")  # of a record's versions; no flags
 HEADS = ["own", "class_means", "knn", "probe"]
 MAIN_ATTACK = "FGSM 8/255"  # the one that a claim is about
