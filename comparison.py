@@ -503,15 +503,16 @@ def argument_differences(part, reference):
     """Sentences: the arguments in which two trainings differ, or their tests by part 2."""
     if part.record is None or reference.record is None:
         return "Whether their arguments are the same is not known: a record (.json) is missing."
-    text = f"Their trainings differ in {differences(part.record, reference, reference.record)}."
+    name = reference.name
+    text = f"Their trainings differ in {differences(part.record, reference.record, name)}."
     if part.part2_record and reference.part2_record:
-        tests = differences(part.part2_record, reference, reference.part2_record)
+        tests = differences(part.part2_record, reference.part2_record, name)
         text += f" Their tests by part 2 differ in {tests}."
     return text
 
 
-def differences(record, reference, other):
-    """In which arguments the record of a run differs from a reference's `other`, in words."""
+def differences(record, other, whose):
+    """In which arguments a run's record differs from an `other`, in words; whose: the other's."""
     ours, theirs = facts(record), facts(other)
     differing = []
     alone = []
@@ -521,10 +522,9 @@ def differences(record, reference, other):
         if name not in theirs:
             alone.append(f"{name} {escape(ours[name])}")
         elif name not in ours:
-            alone.append(f"{name} {escape(theirs[name])} ({reference.name})")
+            alone.append(f"{name} {escape(theirs[name])} ({whose})")
         elif ours[name] != theirs[name]:
-            differing.append(f"{name} ({escape(ours[name])}; {reference.name} "
-                             f"{escape(theirs[name])})")
+            differing.append(f"{name} ({escape(ours[name])}; {whose} {escape(theirs[name])})")
     text = ", ".join(differing) or "no argument that both have"
     return f"{text}; arguments that only one has: {', '.join(alone)}" if alone else text
 
