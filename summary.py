@@ -165,8 +165,8 @@ def heads_table(study):
     columns = {}
     for part in study.parts.values():
         for row in part.rows:
-            if (row["metric"], row["condition"]) == ("accuracy", "clean") and (
-                    row["split"] != "train"):
+            clean = (row["metric"], row["condition"]) == ("accuracy", "clean")
+            if clean and row["split"] != "train":
                 column = f"{row['split']}, {escape(row['head'].replace('_', ' '))}"
                 columns[column] = None
                 values.setdefault((part.name, column), row["value"])
