@@ -245,9 +245,8 @@ TESTED = (
     "since they vary much from seed to seed.")
 
 
-def summary(study, table, whole, tests):
+def summary(study, lines, table, whole, tests):
     """The text of summary.md. table: the `measured` rows that are `shared`; whole: all of them."""
-    lines = comparison.overview(table, study.parts)
     text = [f"# Results on {escape(study.dataset)}",
             claims.claims_table(claims.claims_of_one(study, table, tests))]
     text += [findings(study, part, lines, tests) for part in study.parts.values()]
@@ -278,11 +277,12 @@ def compare(folder):
     rows = [row for row in table if row["split"] == "test"]
     labels = {name: part.label for name, part in study.parts.items()}
     plots.comparison(study.folder / "comparison.png", rows, labels)
-    text = summary(study, table, whole, tests)
+    lines = comparison.overview(table, study.parts)
+    text = summary(study, lines, table, whole, tests)
     report.write_text(study.folder / "summary.md", text)
     pages.write(study.folder / "summary.html", text)
     body = [(pages.plain(line.title), *map(comparison.cell, line.values.values()))
-            for line in comparison.overview(table, study.parts)]
+            for line in lines]
     title = f"Comparison on {study.dataset}, accuracy in % ({study.folder}/summary.md)"
     terminal.print_table(title, ("", *study.parts), body)
     for sentence in study.left_out:
