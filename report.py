@@ -273,8 +273,8 @@ def headline(rows):
 
 def write_rows(path, rows):
     """Writes rows (dicts of the same keys) as CSV, complete or not at all; floats to 6 digits."""
-    with checkpoints.atomic(path) as temporary, open(temporary, "w", newline="",
-                                                     encoding="utf-8") as file:
+    with (checkpoints.atomic(path) as temporary,
+          open(temporary, "w", newline="", encoding="utf-8") as file):
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         for values in rows:
