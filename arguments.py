@@ -205,8 +205,8 @@ def explained(error):
         where = f"{error.filename}: " if error.filename else ""
         return (f"{where}{error.strerror or text}; what is finished is kept; once this is fixed, "
                 f"continue: {resuming_command()}")
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text \
-            or "ALLOC_FAILED" in text:
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(word in text for word in words):
         return (f"out of memory ({text[:100]}); try a smaller --batch-size (training), fewer "
                 "--umap-points or --attack-images, or --device cpu; what is finished is kept, "
                 "--resume continues it")
