@@ -156,9 +156,11 @@ def attack_claims(studies):
 def attack_outcome(part):
     """The Claim about the strongest attack tried on a part at its largest eps, or None."""
     classes = part.record.get("classes") if part.record else None
+    if not isinstance(classes, list) or not classes:
+        return None
     for condition in STRONGEST:
         rows = [row for key, row in part.accuracies.items() if key[1] == condition and key[2]]
-        if rows and isinstance(classes, list) and classes:
+        if rows:
             row = max(rows, key=lambda row: float(row["severity"]))
             sizes = [row["n"] for row in part.rows if row["metric"].startswith("accuracy of ")
                      and row["split"] == "test"]  # empty in a table of part 2 alone
