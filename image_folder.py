@@ -258,9 +258,11 @@ def _kind(entry):
 def _check_classes(data_dir, train, test):
     """Raises RunError unless both have the same classes, at least two, and images of each."""
     where = f"--dataset folder: {_shown(data_dir)}"
-    only = [f"{_named(sorted(ours.keys() - theirs.keys()), ', ')} only in {split}"
-            for split, ours, theirs in (("train", train, test), ("test", test, train))
-            if ours.keys() - theirs.keys()]
+    only = []
+    for split, ours, theirs in (("train", train, test), ("test", test, train)):
+        names = sorted(ours.keys() - theirs.keys())
+        if names:
+            only.append(f"{_named(names, ', ')} only in {split}")
     if only:
         raise RunError(f"{where} has the class folders {' and '.join(only)}; expected the same in "
                        "train and test; add, rename or remove folders")
