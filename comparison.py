@@ -263,12 +263,11 @@ def network_tests(study):
 
 def against(part, reference, mine):
     """The rows `mine` of a part with the test against a reference."""
-    theirs = reference.accuracies
     results = []
     tested = {"clean": [], "perturbed": []}  # (result, p-value)
     for row in mine:
         key = row["split"], row["condition"], row["severity"]
-        other = theirs.get(key)
+        other = reference.accuracies.get(key)
         ours_right, theirs_right = right(part, key), right(reference, key)
         result = row | {"reference": reference.name}
         if other is None:
@@ -397,10 +396,11 @@ def overview(table, names):
         return values
 
     lines = []
+    values = {}  # split -> {part: fraction}
     for split, title in SPLITS.items():
-        values = {name: clean.get((split, name), math.nan) for name in names}
-        lines.append(Line("clean", title, values, split != "train"))
-    train, test = lines[0].values, lines[2].values
+        values[split] = {name: clean.get((split, name), math.nan) for name in names}
+        lines.append(Line("clean", title, values[split], split != "train"))
+    train, test = values["train"], values["test"]
     gaps = {name: train[name] - test[name] for name in names}
     lines.append(Line("clean", "generalization gap (training - test)", gaps, False))
     for note, conditions in groups.items():
