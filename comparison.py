@@ -108,16 +108,7 @@ def read_study(folder):
                          f"{'; '.join(left_out)}")
     if not any(part.accuracies for part in parts.values()):
         raise UsageError(f"{folder} holds no accuracy of any part; {report.REWRITE}")
-    part3_args = parts["part3"].args if "part3" in parts else {}
-    seen = part3_args.get("families")
-    if not isinstance(seen, list):
-        seen = common.SEEN_FAMILIES
-        if "part3" in parts:
-            left_out.append("part3.json: names no families, is missing, or is of other weights; "
-                            f"part 3 is assumed to have trained on {', '.join(seen)}")
-    shares = part3_args.get("shares")
-    if not isinstance(shares, dict):
-        shares = [name for name, family in common.FAMILY.items() if family in seen]
+    seen, trained_on = seen_by_part3(parts, left_out)
     for name, other in pairs(parts):
         differing = [key.removeprefix("test/").replace("/", " ") for key in parts[name].pixels
                      if other_pixels(parts[name], parts[other], key.split("/"))]
@@ -126,7 +117,22 @@ def read_study(folder):
                             "images differ (other code, data or versions), so their means are of "
                             "different images; run part 2 on both again")
     dataset, split_hash = studies.pop()
-    return Study(folder, dataset, split_hash, parts, left_out, seen, [*shares])
+    return Study(folder, dataset, split_hash, parts, left_out, seen, trained_on)
+
+
+def seen_by_part3(parts, left_out):
+    """(families, perturbations) that part 3 trained on, by its record, else by today's code."""
+    args = parts["part3"].args if "part3" in parts else {}
+    seen = args.get("families")
+    if not isinstance(seen, list):
+        seen = common.SEEN_FAMILIES
+        if "part3" in parts:
+            left_out.append("part3.json: names no families, is missing, or is of other weights; "
+                            f"part 3 is assumed to have trained on {', '.join(seen)}")
+    shares = args.get("shares")
+    if not isinstance(shares, dict):
+        shares = [name for name, family in common.FAMILY.items() if family in seen]
+    return seen, [*shares]
 
 
 def read_part(folder, name, part1, left_out):
