@@ -59,14 +59,20 @@ def claims_of_one(study, table, tests):
     return claims + audit_claim([study])
 
 
+def outcome_of(supported, contradicted):
+    """What intervals that lie apart say of a claim."""
+    if supported:
+        return "supported"
+    return "contradicted" if contradicted else "not resolved"
+
+
 def gap_claim(part):
     """That a part is more accurate on its training images than on test images."""
     train = part.accuracies.get(("train", "clean", ""))
     test = part.accuracies.get(("test", "clean", ""))
     if not train or not test:
         return []
-    apart = (train["ci_low"] > test["ci_high"]) - (train["ci_high"] < test["ci_low"])
-    outcome = ("not resolved", "supported", "contradicted")[apart]
+    outcome = outcome_of(train["ci_low"] > test["ci_high"], train["ci_high"] < test["ci_low"])
     gap = f"{percent(train['value'] - test['value'])} points"
     return [Claim(f"{part.title} is more accurate on its training images than on test images",
                   f"training {with_interval(train)}, test {with_interval(test)}: a generalization "
@@ -167,11 +173,10 @@ def attack_outcome(part):
             guessing, how = 1 / len(classes), "guessing"
             if any(sizes) and min(sizes) < max(sizes):
                 guessing, how = max(sizes) / sum(sizes), "always naming the largest class"
-            apart = (row["ci_high"] < guessing) - (row["ci_low"] > guessing)
+            outcome = outcome_of(row["ci_high"] < guessing, row["ci_low"] > guessing)
             return Claim(f"{part.title} is not robust to attacks: less accurate than {how} "
                          f"({percent(guessing)} %) at {float(row['severity']):g}/255 "
-                         f"({spoken(condition)})", with_interval(row),
-                         ("not resolved", "supported", "contradicted")[apart],
+                         f"({spoken(condition)})", with_interval(row), outcome,
                          f"{report.robustness_name(part.name)}.csv")
     return None
 
