@@ -42,10 +42,10 @@ class Check(NamedTuple):
     n: int
 
 
-def audit_attacks(names, right, few, audited, no_gradient, excess, changed):
+def audit_attacks(names, right, pgd_idx, audited, no_gradient, excess, changed):
     """The audit: a list of Check.
 
-    right: (attack, eps in 1/255) → booleans, which images stay right.  few: positions of those
+    right: (attack, eps in 1/255) → booleans, which images stay right.  pgd_idx: positions of those
     that PGD attacks.  audited: the eps at which all attacks were tried.  no_gradient: share of
     images without a gradient.  excess: largest |delta| - eps.  changed: predictions eps 0 changes.
     """
@@ -55,15 +55,15 @@ def audit_attacks(names, right, few, audited, no_gradient, excess, changed):
                     no_gradient < ZERO_GRADIENTS, n),
               Check("eps 0 equals clean", f"{changed} differ", changed == 0, n)]
     for eps in audited:
-        checks += checks_at(names, right, few, eps)
+        checks += checks_at(names, right, pgd_idx, eps)
     for name in (names.pgd, f"{names.pgd}_unit"):
         left = share(right[name, audited[-1]])
         checks.append(Check(f"{name} {audited[-1]:g}/255 leaves next to nothing", f"{left:.1%}",
-                            left <= PGD_LEAVES, len(few)))
+                            left <= PGD_LEAVES, len(pgd_idx)))
     return checks
 
 
-def checks_at(names, right, few, eps):
+def checks_at(names, right, pgd_idx, eps):
     """The checks that compare one attack with another on the same images, at one eps."""
     at = f"{eps:g}/255"
     fgsm, fgsm_unit = right[names.fgsm, eps], right[f"{names.fgsm}_unit", eps]
@@ -72,8 +72,8 @@ def checks_at(names, right, few, eps):
     checks = [
         compared(f"{names.random} {at} is weaker than {names.fgsm}", noise, fgsm,
                  share(noise) > share(fgsm) or share(fgsm) == 0),
-        compared(f"{names.pgd} {at} is stronger than {names.fgsm}", pgd, fgsm[few],
-                 share(pgd) < share(fgsm[few]) or share(pgd) == 0),
+        compared(f"{names.pgd} {at} is stronger than {names.fgsm}", pgd, fgsm[pgd_idx],
+                 share(pgd) < share(fgsm[pgd_idx]) or share(pgd) == 0),
         compared(f"{names.fgsm}_unit {at} is hardly stronger than {names.fgsm}", fgsm_unit, fgsm,
                  share(fgsm) - share(fgsm_unit) <= SCALE_FGSM + ROUNDING),
         compared(f"{names.pgd}_unit {at} is hardly stronger than {names.pgd}", pgd_unit, pgd,
@@ -94,7 +94,7 @@ def compared(name, ours, theirs, passed):
     return Check(name, found, passed, len(ours))
 
 
-def worst_case_rows(run, names, right, few, sweep):
+def worst_case_rows(run, names, right, pgd_idx, sweep):
     """Accuracy where an image counts as right only if it is so under every attack on the model.
 
     worst_case: on all attacked images, under the one-step attacks; predicted labels and noise are
@@ -105,7 +105,7 @@ def worst_case_rows(run, names, right, few, sweep):
     rows = []
     for eps in sweep[1:]:
         withstood = torch.ones_like(right[names.fgsm, eps])
-        by_pgd = torch.ones_like(withstood[few])
+        by_pgd = torch.ones_like(withstood[pgd_idx])
         for (name, at), found in right.items():
             if at != eps or name.endswith("_from_part1"):
                 continue
@@ -119,5 +119,5 @@ def worst_case_rows(run, names, right, few, sweep):
                                         withstood, everyone))
         if (names.pgd, eps) in right:
             rows.append(report.accuracy_row(run, "test", f"worst_case_audit{ending}", f"{eps:g}",
-                                            "own", withstood[few] & by_pgd, everyone[few]))
+                                            "own", withstood[pgd_idx] & by_pgd, everyone[pgd_idx]))
     return rows

@@ -324,12 +324,12 @@ def attack(args, run, model, images, labels, part1=None):
     largest = max(audit.PGD_AT_LEAST[args.norm], *args.eps_255)  # must leave next to nothing
     sweep = sorted({0, *args.eps_255, largest})  # 0 must change nothing
     audited = sorted({largest, *AUDIT_EPS}.intersection(sweep))
-    few = common.evenly_spaced(len(labels), args.audit_images)
+    pgd_idx = common.evenly_spaced(len(labels), args.audit_images)
     float32 = common.Amp("off", images.device)
     clean = common.predict(model, images, float32).logits
     directions = make_directions(args, names, model, images, labels, clean, part1)
 
-    predicted = {}  # (attack, eps in 1/255) → labels (n,), or (len(few),) of PGD
+    predicted = {}  # (attack, eps in 1/255) → labels (n,), or (len(pgd_idx),) of PGD
     features = {}
     examples = []
     excess = 0.0  # largest |delta| - eps
@@ -344,27 +344,28 @@ def attack(args, run, model, images, labels, part1=None):
         if name == names.fgsm:
             examples.append((f"FGSM {eps_255:g}/255", adversarial[example_idx]))
     for eps_255 in terminal.progress(audited, "PGD"):
+        eps = eps_255 / 255
         for name, victim in ((names.pgd, model), (f"{names.pgd}_unit", common.UnitLogits(model))):
-            adversarial = common.pgd(victim, images[few], labels[few], eps_255 / 255,
+            adversarial = common.pgd(victim, images[pgd_idx], labels[pgd_idx], eps,
                                      p_norm(args.norm))
             logits = common.predict(model, adversarial, float32).logits
             predicted[name, eps_255] = logits.argmax(1)
-            excess = max(excess, excess_over(eps_255 / 255, images[few], adversarial, args.norm))
+            excess = max(excess, excess_over(eps, images[pgd_idx], adversarial, args.norm))
 
     right = {}
     rows = []
     for (name, eps_255), found in predicted.items():
         place = (run, "test", name, f"{eps_255:g}", "own", found)
-        truth = labels[few] if name.startswith(names.pgd) else labels
+        truth = labels[pgd_idx] if name.startswith(names.pgd) else labels
         right[name, eps_255] = found == truth
         rows.append(report.accuracy_row(*place, truth))
         if name == f"{names.fgsm}_targeted":
             rows.append(report.accuracy_row(*place, clean.argmin(1), "target class reached"))
     no_gradient = (directions[names.fgsm].flatten(1).abs().amax(1) == 0).float().mean().item()
     changed = int((predicted[names.fgsm, 0] != clean.argmax(1)).sum())
-    checks = audit.audit_attacks(names, right, few, audited, no_gradient, excess, changed)
+    checks = audit.audit_attacks(names, right, pgd_idx, audited, no_gradient, excess, changed)
 
-    rows += audit.worst_case_rows(run, names, right, few, sweep)
+    rows += audit.worst_case_rows(run, names, right, pgd_idx, sweep)
     rows.append(report.row(run, "test", names.fgsm, "", "own", "share of images without a gradient",
                            no_gradient, len(labels)))
     for check in checks:
