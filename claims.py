@@ -143,23 +143,23 @@ def attack_claims(studies):
 
     With several trainings, a verdict is given only if it is the same for each of them.
     """
-    outcomes = {}
+    of_each = {}  # sentence -> its Claim on each training
     for name in common.PARTS:
         for study in studies:
-            outcome = attack_outcome(study.parts[name]) if name in study.parts else None
-            if outcome:
-                outcomes.setdefault(outcome.claim, []).append(outcome)
+            claim = attack_claim(study.parts[name]) if name in study.parts else None
+            if claim:
+                of_each.setdefault(claim.claim, []).append(claim)
     claims = []
-    for claim, found in outcomes.items():
-        verdicts = {outcome.verdict for outcome in found}
+    for sentence, found in of_each.items():
+        verdicts = {claim.verdict for claim in found}
         said = verdicts.pop() if len(verdicts) == 1 else "not resolved"
-        evidence = "; ".join(outcome.evidence for outcome in found)
+        evidence = "; ".join(claim.evidence for claim in found)
         whose = "this network: " if len(found) == 1 else ""
-        claims.append(Claim(claim, evidence, whose + said, found[0].file))
+        claims.append(Claim(sentence, evidence, whose + said, found[0].file))
     return claims
 
 
-def attack_outcome(part):
+def attack_claim(part):
     """The Claim about the strongest attack tried on a part at its largest eps, or None."""
     classes = part.record.get("classes") if part.record else None
     if not isinstance(classes, list) or not classes:
