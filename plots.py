@@ -458,7 +458,7 @@ def families(rows):
     return blocks
 
 
-def list_conditions(axes, lines, total):
+def write_conditions(axes, lines, total):
     """Writes lines (text, condition) down the vertical axis, of which `total` fill its height."""
     axes.set_yticks(range(len(lines)), [plain(text, 26) for text, _ in lines])
     axes.set(ylim=(total - 0.4, -0.6), xlabel="test accuracy (%)")
@@ -481,7 +481,7 @@ def severities(path, rows, run):
     height = {condition: y for y, (_, condition) in enumerate(lines)}
     figure = new_figure(0.19 * len(lines) + 0.9)
     axes = figure.subplots()
-    list_conditions(axes, lines, len(lines))
+    write_conditions(axes, lines, len(lines))
     handles = []
     labels = []
     for value in clean[:, 0]:
@@ -591,7 +591,7 @@ def comparison(path, table, names):
     offsets = np.linspace(-0.33, 0.33, len(names)) if len(names) > 1 else [0]
     drawn = []
     for axes, lines in zip(all_axes, columns, strict=False):
-        list_conditions(axes, lines, total)
+        write_conditions(axes, lines, total)
         for offset, (part, look) in zip(offsets, looks.items(), strict=True):
             points, heights = means(perturbed, part, lines)
             axes.errorbar(points[:, 0], heights + offset, xerr=lengths(points), color=look.color,
