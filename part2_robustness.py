@@ -92,8 +92,7 @@ def main(argv=None):
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
     check_network(args.checkpoint, meta, clean)
-    tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx,
-                                finished)
+    tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx, finished)
     test_published(tested, run, inference, published, amp, finished)
     clock.stop("perturbations")
 

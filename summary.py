@@ -139,8 +139,7 @@ def compared(part, reference, tests):
 
 def calibration_table(study, table):
     """Calibration errors on clean test images and their mean over perturbations."""
-    perturbed = {(row["condition"], row["severity"]) for row in table
-                 if row["in_part3_training"]}
+    perturbed = {(row["condition"], row["severity"]) for row in table if row["in_part3_training"]}
     body = []
     for part in study.parts.values():
         clean = math.nan
