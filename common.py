@@ -44,8 +44,8 @@ CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {instruction set: whethe
 AMX = CPU.get("amx_bf16", False)  # multiplies tiles of bf16, as Intel's Xeons do since 2023
 PARTS = ("part1", "part3", "part3_crop_flip", "part4", "part4_augmented", "part4_proxies",
          "part4_proxies_augmented")  # what trains a model, and what its files are called
-META = {"part": str, "args": dict, "dataset": str, "classes": list, "outputs": int, "head": str,
-        "split_hash": str, "epoch": int, "seed": int, "versions": dict, "command": str,
+META = {"part": str, "weights": str, "args": dict, "dataset": str, "classes": list, "outputs": int,
+        "head": str, "split_hash": str, "epoch": int, "seed": int, "versions": dict, "command": str,
         "device": str, "amp": str, "metrics": dict}  # what a checkpoint says of itself
 
 
@@ -645,6 +645,9 @@ def load_checkpoint(path, device):
     return model.to(device, memory_format=torch.channels_last).eval(), meta
 
 
+        found = checkpoints.weights_hash(model)
+        if found != meta["weights"]:
+            raise ValueError(f"it was written with the weights {meta['weights']} and holds {found}")
 def check_meta(meta):
     """Raises KeyError, TypeError or ValueError for what no training part writes."""
     for key, kind in META.items():

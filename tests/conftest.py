@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoints  # noqa: E402
 import common  # noqa: E402
 import perturbations  # noqa: E402
 
@@ -18,6 +19,11 @@ META = {  # what a checkpoint must say of itself
     "device": "cpu", "amp": "off", "metrics": {},
     "args": {"dataset": "digits", "data_dir": "data", "train_fraction": 0.2, "split_seed": 0,
              "seed": 0, "quick": False, "amp": "off"}}
+
+
+def meta_of(model):
+    """META of a checkpoint that holds the model's weights."""
+    return META | {"weights": checkpoints.weights_hash(model)}
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import common
 
 import pytest
 import torch
-from conftest import META
+from conftest import meta_of
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -23,9 +23,9 @@ def normalized(images):
 
 
 def test_checkpoint_round_trip(tmp_path, small_model, photos):
-    common.save_checkpoint(tmp_path / "a.pt", small_model, META)
+    common.save_checkpoint(tmp_path / "a.pt", small_model, meta_of(small_model))
     model, meta = common.load_checkpoint(tmp_path / "a.pt", CPU)
-    assert meta == META
+    assert meta == meta_of(small_model)
     assert not model.training
     with torch.no_grad():
         assert torch.allclose(model(photos / 255), small_model(photos / 255), atol=1e-5)

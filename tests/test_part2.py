@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import META, Tiny
+from conftest import Tiny, meta_of
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
@@ -75,8 +75,9 @@ def study(tmp_path_factory):
         monkeypatch.setattr(summary, "compare", lambda _: None)
         model = fitted(data)
         split = common.split_data(data, 0.2, 0)
-        common.save_checkpoint(folder / "part1.pt", model,
-                               META | {"classes": list(data.classes), "split_hash": split.hash})
+        common.save_checkpoint(
+            folder / "part1.pt", model,
+            meta_of(model) | {"classes": list(data.classes), "split_hash": split.hash})
         rows = part2_robustness.main([
             "--checkpoint", str(folder / "part1.pt"), "--results-dir", str(folder), "--amp", "off",
             "--device", "cpu", "--perturbations", "gaussian_noise", "rotation", "vertical_flip",
@@ -289,8 +290,8 @@ def test_a_network_edited_since_its_training_is_refused(study, tmp_path, monkeyp
     right = np.mean((logits_of(study.model, study.images).argmax(1) == study.labels).numpy())
     classes = [str(c) for c in range(10)]
     data = common.load_data("digits", "", CPU)
-    meta = META | {"classes": classes, "split_hash": common.split_data(data, 0.2, 0).hash,
-                   "metrics": {"test": float(right)}}
+    meta = meta_of(study.model) | {"classes": classes, "metrics": {"test": float(right)},
+                                   "split_hash": common.split_data(data, 0.2, 0).hash}
     monkeypatch.setattr("torchvision.models.resnet18", Tiny)
     common.save_checkpoint(tmp_path / "part1.pt", study.model, meta)
     if edit == "a constant input":

@@ -19,7 +19,7 @@ from arguments import RunError, UsageError
 import numpy as np
 import pytest
 import torch
-from conftest import META
+from conftest import META, meta_of
 from torch import nn
 
 from .conftest import ROOT, call, contents, count, is_sentence, on_checkpoint, on_tree
@@ -111,10 +111,11 @@ def test_a_state_is_no_checkpoint_and_named(tmp_path):
 def test_a_checkpoint_of_another_network_says_what_differs(tmp_path):
     path = tmp_path / "a.pt"
     weights = common.Model(10).state_dict() | {"backbone.layer9.weight": torch.zeros(1)}
-    checkpoints.write(path, {"meta": META, "model": weights})
+    checkpoints.write(path, {"meta": meta_of(common.Model(10)), "model": weights})
     with pytest.raises(UsageError, match=r"another network .* has backbone.layer9.weight \(1 "):
         common.load_checkpoint(path, CPU)
-    checkpoints.write(path, {"meta": META | {"head": "class_means", "outputs": 64}, "model": {}})
+    meta = META | {"weights": "", "head": "class_means", "outputs": 64}
+    checkpoints.write(path, {"meta": meta, "model": {}})
     with pytest.raises(UsageError, match="a last layer of 64 numbers, expected 128"):
         common.load_checkpoint(path, CPU)
 
@@ -137,7 +138,11 @@ class Bomb:
 def damaged(content, good, path):
     """Writes to `path` what is not a checkpoint: `good`, damaged as `content` says."""
     meta = good["meta"]
-    changed = {"foreign": good["model"], "newer": good | {"version": checkpoints.VERSION + 1},
+    zeroed = good["model"]["backbone.conv1.weight"].clone()
+    zeroed[3] = 0  # as after a bad block on the disk
+    changed = {"foreign": good["model"],
+               "zeroed block": good | {"model": good["model"] | {"backbone.conv1.weight": zeroed}},
+               "newer": good | {"version": checkpoints.VERSION + 1},
                "older": good | {"version": 1},
                "other outputs": good | {"meta": meta | {"outputs": 7}},
                "other shapes": good | {"meta": meta | {"outputs": 7, "classes": list("abcdefg")}},
@@ -159,11 +164,11 @@ def damaged(content, good, path):
 
 @pytest.mark.parametrize("content", [
     "missing", "empty", "text", "a folder", "truncated", "pickled code", "foreign", "newer",
-    "older", "other outputs", "other shapes", "no meta"])
+    "zeroed block", "older", "other outputs", "other shapes", "no meta"])
 def test_what_is_not_a_checkpoint_is_refused_in_one_sentence(tmp_path, content):
     path = tmp_path / "x.pt"
     model = common.Model(outputs=10)
-    good = {"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "meta": META,
+    good = {"format": checkpoints.FORMAT, "version": checkpoints.VERSION, "meta": meta_of(model),
             "model": model.state_dict()}
     damaged(content, good, path)
     with pytest.raises(UsageError, match=r"x.pt: ") as error:

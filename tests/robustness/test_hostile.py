@@ -5,6 +5,7 @@ import random
 import shutil
 import zipfile
 
+import checkpoints
 import common
 from arguments import UsageError
 
@@ -226,6 +227,7 @@ def test_mutated_checkpoints_load_or_are_refused(place, seed):
         assert meta["part"] in common.PARTS
         assert not model.training
     except UsageError as error:
+        assert checkpoints.weights_hash(model) == meta["weights"]
         assert "mutated.pt: " in str(error)
         assert "\n" not in str(error)
     finally:
