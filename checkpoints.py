@@ -192,6 +192,20 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def spelled(value):
+    """An argument's value as the command line has it; 2.0 as 2, as which it was recorded once."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(spelled, value)) or "none"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def no_effect(args):
+    """The arguments of a run (a dict) that do not change its results."""
+    return NO_EFFECT_PART2 if "checkpoint" in args else NO_EFFECT
+
+
 def identity(args, amp, device, data_hash):
     """What a resumed run must have in common with its first half, by the flag that sets it."""
     flags = {"--amp": amp, "--device": device.type, "--data-dir with the data": data_hash}

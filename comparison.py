@@ -537,17 +537,17 @@ def differences(record, other, whose):
 
 def facts(record):
     """{argument: value} of a run, as far as they change its result, as Markdown."""
-    of_part2 = "checkpoint" in record["args"]
-    ignored = checkpoints.NO_EFFECT_PART2 if of_part2 else checkpoints.NO_EFFECT
     values = {}
     for name, value in record["args"].items():
-        if name not in ignored and name != "amp":
-            values[code(checkpoints.flag(name))] = report.spelled(value)
-    values["mixed precision"] = report.spelled(record.get("amp", "unknown"))
-    values["optimizer"] = report.spelled(record["versions"].get("optimizer", "unknown"))
+        if name not in checkpoints.no_effect(record["args"]) and name != "amp":
+            values[code(checkpoints.flag(name))] = checkpoints.spelled(value)
+    values["mixed precision"] = checkpoints.spelled(record.get("amp", "unknown"))
+    values["optimizer"] = checkpoints.spelled(record["versions"].get("optimizer", "unknown"))
     if "stopped" in record["versions"]:
-        values["stopped"] = report.spelled(record["versions"]["stopped"])
-    values["commit"] = report.spelled(record["versions"].get("commit", "unknown"))
+        values["stopped"] = checkpoints.spelled(record["versions"]["stopped"])
+    values["device"] = checkpoints.spelled(record.get("device", "unknown"))
+    for name in ("torch", "commit"):
+        values[name] = checkpoints.spelled(record["versions"].get(name, "unknown"))
     return values
 
 

@@ -148,14 +148,14 @@ def tell_what_is_replaced(run):
         return
     before = record["args"] | {"amp": record.get("amp")}
     now = json.loads(json.dumps(run.args | {"amp": run.amp}))  # tuples as lists, as in the record
-    ignored = checkpoints.NO_EFFECT if run.name == run.part else checkpoints.NO_EFFECT_PART2
-    differing = [f"{checkpoints.flag(name)} {spelled(before[name])}"
-                 for name in sorted(before.keys() & now.keys() - ignored)
+    differing = [f"{checkpoints.flag(name)} {checkpoints.spelled(before[name])}"
+                 for name in sorted(before.keys() & now.keys() - checkpoints.no_effect(now))
                  if before[name] != now[name]]
     if run.weights and record["weights"] != run.weights:  # part 2 knows them before it begins
         differing.append(f"the weights {record['weights']}")
     if record["versions"].get("commit") != run.versions["commit"]:
-        differing.append(f"the code {spelled(record['versions'].get('commit', 'unknown'))}")
+        commit = checkpoints.spelled(record["versions"].get("commit", "unknown"))
+        differing.append(f"the code {commit}")
     if differing:
         print(f"{run.path('.csv')}, made with {', '.join(differing)}, and what belongs to it will "
               "be replaced; to keep it, stop now and give another --results-dir")
@@ -202,15 +202,6 @@ def device_name(device):
 def robustness_name(part):
     """What part 2's files are called for the checkpoint of a part."""
     return "part2" if part == "part1" else f"{part}_robustness"
-
-
-def spelled(value):
-    """An argument's value as the command line has it; 2.0 as 2, as which it was recorded once."""
-    if isinstance(value, list):
-        return " ".join(map(spelled, value)) or "none"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 # ---- rows ---------------------------------------------------------------------------------------

@@ -193,12 +193,12 @@ def what_ran(study):
         for name, record in zip(names, (part.record, part.part2_record), strict=True):
             if record is None:
                 continue
-            about = [f"seed {report.spelled(record.get('seed', 'unknown'))}",
-                     report.spelled(record.get("device", "unknown device")),
-                     f"mixed precision {report.spelled(record.get('amp', 'unknown'))}",
+            about = [f"seed {checkpoints.spelled(record.get('seed', 'unknown'))}",
+                     checkpoints.spelled(record.get("device", "unknown device")),
+                     f"mixed precision {checkpoints.spelled(record.get('amp', 'unknown'))}",
                      f"weights {record['weights']}"]
             if "epochs" in record["args"]:
-                about.insert(0, f"{report.spelled(record['args']['epochs'])} epochs")
+                about.insert(0, f"{checkpoints.spelled(record['args']['epochs'])} epochs")
             packages = [f"{package} {found}" for package, found in record["versions"].items()]
             versions.setdefault(", ".join(packages), []).append(name)
             items.append(f"- {name}: {code(record['command'])}; {escape(', '.join(about))}")

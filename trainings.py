@@ -140,7 +140,7 @@ def check_records(name, records, not_compared):
     for argument in sorted({key for _, values in arguments for key in values} - not_compared):
         found = []
         for folder, values in arguments:
-            value = report.spelled(values.get(argument, "absent"))
+            value = checkpoints.spelled(values.get(argument, "absent"))
             if value != "absent" or argument not in ("shares", "optimizer"):  # new in records
                 found.append((folder, value))
         for folder, value in found:
@@ -342,7 +342,7 @@ def made_with(*studies):
                                              "device": record.get("device", "unknown"),
                                              "--compile": record["args"].get("compile", "unknown")}
                 for name, values in found.items():
-                    values[report.spelled(said.get(name, "unknown"))] = None  # once, in order
+                    values[checkpoints.spelled(said.get(name, "unknown"))] = None  # once, in order
     return found
 
 
