@@ -210,7 +210,7 @@ def identity(args, amp, device, data_hash):
     """What a resumed run must have in common with its first half, by the flag that sets it."""
     flags = {"--amp": amp, "--device": device.type, "--data-dir with the data": data_hash}
     for name, value in args.items():
-        if name not in NO_EFFECT and name != "amp":
+        if name not in no_effect(args) and name != "amp":
             flags[flag(name)] = value
     return flags
 
@@ -228,9 +228,9 @@ def check_identity(path, before, now):
         elif had is True:
             advice = f"give {name}"
         else:
-            advice = f"give {name} {had}"
-        raise UsageError(f"--resume: the run in {path} had {name} {had}, this one has {value}; "
-                         f"{advice}, or leave --resume out to start anew")
+            advice = f"give {name} {spelled(had)}"
+        raise UsageError(f"--resume: the run in {path} had {name} {spelled(had)}, this one has "
+                         f"{spelled(value)}; {advice}, or leave --resume out to start anew")
 
 
 def tell_other_versions(path, before, versions):
@@ -266,6 +266,7 @@ def resume(path, wanted, identity, epochs, parts, generator, versions):
     saved run's, or if the state does not fit this code.
     """
     if not Path(path).exists():
+        tell_nothing_to_resume(path, wanted)
         return 0, []
     if not wanted:
         tell_what_is_dropped(path, "epoch", epochs)
@@ -304,6 +305,7 @@ def resume_finished(path, wanted, identity, device, versions):
     """The Finished of an interrupted run, if `wanted`, else an empty one. Raises as `resume`."""
     finished = Finished(path, identity, versions, {})
     if not Path(path).exists():
+        tell_nothing_to_resume(path, wanted)
         return finished
     if not wanted:
         tell_what_is_dropped(path, "finished", None)
@@ -326,6 +328,11 @@ def tested_weights(path):
         return {read(path, "cpu")["identity"][TESTED_WEIGHTS]}
     except (UsageError, KeyError, TypeError):
         return set()
+
+
+def tell_nothing_to_resume(path, wanted):
+    if wanted:
+        print(f"--resume: no {path} to continue, so this run starts anew")
 
 
 def tell_what_is_dropped(path, key, of):

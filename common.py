@@ -618,9 +618,9 @@ def load_checkpoint(path, device):
     Raises UsageError for whatever is not such a file.
     """
     content = checkpoints.read(path, device)
-    if "parts" in content:
-        raise UsageError(f"{path}: the state of a training, which --resume continues; give the "
-                         "checkpoint that its end writes, such as results/part1.pt")
+    if "identity" in content:
+        raise UsageError(f"{path}: the state of a run, which --resume continues; give the "
+                         "checkpoint that a training writes at its end, such as results/part1.pt")
     try:
         meta = content["meta"]
         check_meta(meta)

@@ -213,6 +213,7 @@ def finished_before(args, run, published_hash):
     identity = run.identity | {checkpoints.TESTED_WEIGHTS: run.weights,
                                "--umap-points": args.umap_points,
                                "--cifar10c with the files": published_hash or None}
+    del identity["--cifar10c"]  # the files count, not where they are
     return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,
                                        run.versions)
 

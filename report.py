@@ -144,7 +144,8 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
 def tell_what_is_replaced(run):
     """One line if the run will replace results that were made with other arguments."""
     record = read_record(run.folder, run.name)
-    if run.args["resume"] or not record or not run.path(".csv").exists():
+    resumed = run.args["resume"] and run.path("_state.pt").exists()
+    if resumed or not record or not run.path(".csv").exists():
         return
     before = record["args"] | {"amp": record.get("amp")}
     now = json.loads(json.dumps(run.args | {"amp": run.amp}))  # tuples as lists, as in the record

@@ -12,6 +12,7 @@ import time
 
 import checkpoints
 import common
+import part2_robustness
 import part4_angular
 import report
 from arguments import RunError, UsageError
@@ -104,7 +105,7 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
 
 def test_a_state_is_no_checkpoint_and_named(tmp_path):
     save_state(tmp_path / "part1_state.pt", {"model": nn.Linear(2, 2)})
-    with pytest.raises(UsageError, match="the state of a training, which --resume continues"):
+    with pytest.raises(UsageError, match="the state of a run, which --resume continues"):
         common.load_checkpoint(tmp_path / "part1_state.pt", CPU)
 
 
@@ -199,6 +200,8 @@ def test_a_state_of_other_code_is_refused_in_one_sentence(tmp_path, now):
     ({"--lr": 0.1}, {"--lr": 0.3}, "give --lr 0.1"),
     ({"--augment": True}, {"--augment": False}, "give --augment"),
     ({"--proxies": False}, {"--proxies": True}, "leave --proxies out"),
+    ({"--severities": [1, 2]}, {"--severities": [3]}, "had --severities 1 2, this one has 3; give "
+     "--severities 1 2"),
     ({}, {"--loss": "arcface"}, "leave --loss out")])
 def test_a_state_of_other_arguments_is_refused_with_what_fits(tmp_path, before, now, advice):
     parts = {"model": nn.Linear(2, 2)}
@@ -225,14 +228,26 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
     assert path.read_bytes() == before
 
 
-def test_whatever_changes_a_training_is_in_its_identity():
-    values = vars(part4_angular.parse_args([]))
+def test_nothing_to_resume_is_said(tmp_path, capsys):
+    for wanted in (True, False):
+        assert checkpoints.resume(tmp_path / "a.pt", wanted, {}, 5, {}, None, {}) == (0, [])
+        assert checkpoints.resume_finished(tmp_path / "b.pt", wanted, {}, CPU, {}).values == {}
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"--resume: no {tmp_path / 'a.pt'} to continue, so this run starts anew"
+    assert "b.pt" in second
+
+
+@pytest.mark.parametrize(("part", "others"), [
+    (part4_angular, {"amp", "data_dir", "no_part2"}),
+    (part2_robustness, {"checkpoint", "batch_size"})])
+def test_whatever_changes_a_run_is_in_its_identity(part, others):
+    """A checkpoint counts by its weights, not by its name."""
+    values = vars(part.parse_args([]))
     del values["command"]
     same = checkpoints.identity(values, "off", CPU, "abc")
     without_effect = {name for name in values
                       if checkpoints.identity(values | {name: "x"}, "off", CPU, "abc") == same}
-    assert without_effect == {"amp", "device", "data_dir", "results_dir", "resume", "umap_points",
-                              "no_umap", "no_part2"}
+    assert without_effect == {"device", "results_dir", "resume", "umap_points", "no_umap", *others}
     for other in (("bf16", CPU, "abc"), ("off", torch.device("cuda"), "abc"), ("off", CPU, "abd")):
         assert checkpoints.identity(values, *other) != same  # what --amp and --device came to
 

@@ -255,10 +255,44 @@ def test_part_2_says_which_table_it_will_replace(narrow, mine, monkeypatch):
     [line] = told("--severities", 5, "--norm", 2)
     assert f"{mine / 'part2.csv'}, made with --norm inf, --severities 3, and what belongs" in line
     assert told("--severities", 5, "--norm", 2, "--resume") == []
+    [line] = told("--resume")  # has ended: there is nothing to continue
+    assert "part2.csv, made with --norm 2, --severities 5, and what belongs" in line
     changed = report.versions() | {"commit": "abc"}
     monkeypatch.setattr(report, "versions", lambda: changed)
-    [line] = told("--severities", 5, "--norm", 2)
+    [line] = told()
     assert "part2.csv, made with the code" in line
+
+
+def test_part_2_goes_on_in_a_directory_that_was_moved(narrow, mine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(part2_robustness, "attack", interrupt)
+        assert call("part2_robustness", on_checkpoint(mine / "part1.pt", mine))[0] == 130
+    moved = mine.rename(mine.parent / "moved")
+    code, error, out = call("part2_robustness",
+                            on_checkpoint(moved / "part1.pt", moved, "--resume"))
+    assert code == 0, error
+    assert "Resumed after 2 conditions" in out
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("script", "figure", "gone"), [
+    ("part1_baseline", "history", ("part1_history.png", "part1_confusion.png", "part1_umap.png")),
+    ("part2_robustness", "severities", ("part2_severities.png", "part2_fgsm.png"))])
+def test_a_run_stopped_while_it_draws_leaves_no_earlier_figure(narrow, tree, mine, monkeypatch,
+                                                               script, figure, gone):
+    (mine / "part1_umap.png").write_bytes(b"of an earlier run")
+    (mine / "part1_umap of mine.png").write_bytes(b"mine")
+    monkeypatch.setattr(plots, figure, interrupt)
+    argv = on_tree(tree, mine, "--seed", 7)
+    if script == "part2_robustness":
+        argv = on_checkpoint(mine / "part1.pt", mine)
+    assert all((mine / name).exists() for name in gone)
+    assert call(script, argv)[0] == 130
+    assert not any((mine / name).exists() for name in gone)
+    assert (mine / "part1_umap of mine.png").exists()
 
 
 def test_part_2_says_that_it_replaces_a_table_of_other_weights(narrow, tree, mine, tmp_path):
