@@ -1,5 +1,6 @@
 """What a part writes: the record of its run, its rows, its files."""
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -33,8 +34,10 @@ LABELS = {"part1": "cross-entropy", "part3": "augmented", "part3_crop_flip": "cr
           "part4_proxies_augmented": "Angular + proxies, augmented"}
 LOSSES = {"angular": "Angular", "arcface": "ArcFace", "cosface": "CosFace",
           "sphereface": "SphereFace"}
-ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", "_severities.png",
-                    "_examples.png", "_fgsm.png", "_adversarial.png", "_umap.png", "_umap.npz")
+FIGURES = ("_history.png", "_confusion.png", "_umap.png", "_umap.npz")  # of a training
+ROBUSTNESS_FIGURES = ("_severities.png", "_examples.png", "_fgsm.png", "_adversarial.png",
+                      "_umap.png", "_umap.npz")
+ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", *ROBUSTNESS_FIGURES)
 REWRITE = "move it away; its part will write it again"
 OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "cleverhans", "umap-learn")
@@ -447,6 +450,16 @@ def finish(run, model, predictions, history, repeated):
     """Writes all the files of a training part, the hardest to replace first; returns its rows.
 
     Checkpoint, record and tables, then figures, none of which can end the run.
+def remove_figures(run, endings):
+    """Removes an earlier run's figures: a run that is killed later leaves none beside its table."""
+    if run.args["no_umap"]:
+        checkpoints.remove([run.path("_umap.npz"), run.path("_umap.png")],
+                           "since --no-umap makes no new ones")
+    for ending in endings:
+        with contextlib.suppress(OSError):
+            run.path(ending).unlink(missing_ok=True)
+
+
     """
     if len(history) != run.args["epochs"]:
         run.versions["stopped"] = f"after epoch {len(history)} of {run.args['epochs']}"
@@ -478,6 +491,7 @@ def finish(run, model, predictions, history, repeated):
     draw_umap(run, panels, measured)
     title = f"{run.part} ({run.label}): {len(history)} epochs, averaged weights"
     terminal.print_accuracies(title, rows)
+    remove_figures(run, FIGURES)
     return rows
 
 
@@ -545,9 +559,7 @@ def draw_umap(run, panels, measured):
 
     measured: the panels' `umap_rows`, two of each, for the titles.
     """
-    files = [run.path("_umap.npz"), run.path("_umap.png")]
     if run.args["no_umap"]:
-        checkpoints.remove(files, "since --no-umap makes no new ones")
         return
     try:
         features = torch.cat([panel.features for panel in panels])
@@ -555,7 +567,6 @@ def draw_umap(run, panels, measured):
     except Exception as error:  # numba and umap-learn raise whatever they like
         print(f"UMAP failed ({type(error).__name__}: {first_line(error)}); no picture is drawn, "
               "the numbers are not affected")
-        checkpoints.remove(files, "as results of an earlier run")
         return
     sizes = [len(panel.labels) for panel in panels]
     maps = np.split(coordinates, np.cumsum(sizes)[:-1])
@@ -570,11 +581,11 @@ def draw_umap(run, panels, measured):
         title = f"{panel.title}\n{', '.join(found)}"
         drawn.append(plots.Panel(title, points, panel.labels.cpu().numpy()))
     try:
-        with checkpoints.atomic(files[0]) as temporary:
+        with checkpoints.atomic(run.path("_umap.npz")) as temporary:
             np.savez_compressed(
                 temporary, coordinates=coordinates, weights=run.weights,
                 label=np.concatenate([panel.labels for panel in drawn]),
                 panel=np.repeat([panel.title for panel in panels], sizes))
     except RunError as error:
         print(f"{error}; the tables are not affected")
-    plots.umap(files[1], drawn, run)
+    plots.umap(run.path("_umap.png"), drawn, run)
