@@ -328,9 +328,16 @@ def few_sizes(training, evaluation):
 
 
 def few_of(split):
-    """A Split of few images, for the learning curve: `few_sizes`, evenly spaced."""
+    """A Split of few images, for the learning curve: `few_sizes`, evenly spaced.
+
+    Training images are of every class, since part 4 classifies by the means of all.
+    """
     train_n, eval_n = few_sizes(len(split.train_labels), len(split.eval_labels))
     train = evenly_spaced(len(split.train_labels), train_n)
+    for c in split.train_labels.unique():
+        if c not in split.train_labels[train]:
+            first = (split.train_labels == c).nonzero()[0]
+            train = torch.cat([train, first.to(train.device)])
     some = evenly_spaced(len(split.eval_labels), eval_n)
     return Split(split.train_images[train], split.train_labels[train], split.eval_images[some],
                  split.eval_labels[some], split.hash)
@@ -638,6 +645,9 @@ def load_checkpoint(path, device):
             if tensor.dtype != expected[name].dtype or not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite or of another type")
         model.load_state_dict(content["model"], strict=True, assign=True)
+        found = checkpoints.weights_hash(model)
+        if found != meta["weights"]:
+            raise ValueError(f"it was written with the weights {meta['weights']} and holds {found}")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path}: does not hold this model ({type(error).__name__}: "
                          f"{first_line(error)}); write it again with the part that made "
@@ -645,9 +655,6 @@ def load_checkpoint(path, device):
     return model.to(device, memory_format=torch.channels_last).eval(), meta
 
 
-        found = checkpoints.weights_hash(model)
-        if found != meta["weights"]:
-            raise ValueError(f"it was written with the weights {meta['weights']} and holds {found}")
 def check_meta(meta):
     """Raises KeyError, TypeError or ValueError for what no training part writes."""
     for key, kind in META.items():

@@ -171,6 +171,15 @@ def test_small_classes_take_their_images_again():
     assert total.tolist() == [20, 20]
 
 
+def test_the_learning_curve_knows_every_class():
+    """Part 4 classifies by the means of these images; a class without one is never found."""
+    labels = torch.arange(60).repeat_interleave(4)
+    images = torch.zeros(240, 1, 1, 1, dtype=torch.uint8)
+    few = common.few_of(common.Split(images, labels, images, labels, "abc"))
+    assert few.train_labels.unique().tolist() == list(range(60))
+    assert len(few.train_images) == len(few.train_labels) == 60
+
+
 @pytest.mark.parametrize("n", [20, 33, 100, 500, 1000, 5000, 10_000, 50_000])
 def test_watching_the_training_costs_at_most_a_tenth_of_an_epoch(n):
     images = torch.zeros(n, 1, 1, 1, dtype=torch.uint8)
