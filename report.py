@@ -333,8 +333,8 @@ def typed(values):
     row["seed"] = int(row["seed"])
     for name in ("ci_low", "ci_high"):
         row[name] = float(row[name]) if row[name] else ""
-    if row["severity"]:
-        float(row["severity"])
+    if row["severity"] and f"{float(row['severity']):g}" != row["severity"]:
+        raise ValueError(f"severity {row['severity']!r}")
     if row["part"] not in common.PARTS:
         raise ValueError(f"part {row['part']!r}")
     for name in ("split_hash", "weights"):
@@ -342,8 +342,11 @@ def typed(values):
             raise ValueError(f"{name} {row[name]!r}")
     if row["metric"].startswith("accuracy") and not 0 <= row["value"] <= 1:
         raise ValueError(f"an accuracy of {row['value']}")
-    if row["metric"] == "accuracy" and "" in (row["ci_low"], row["ci_high"]):
-        raise ValueError("an accuracy without its interval")
+    if row["metric"] == "accuracy":
+        low, high = row["ci_low"], row["ci_high"]
+        if "" in (low, high) or row["n"] < 1 or not low - 1e-6 <= row["value"] <= high + 1e-6:
+            raise ValueError(f"an accuracy of {row['value']}, interval {low} to {high}, n "
+                             f"{row['n']}")
     return row
 
 

@@ -541,7 +541,8 @@ def test_without_a_parts_own_table_part_2s_decides(tmp_path):
 def test_a_table_of_two_weights_gives_those_of_its_first_row(tmp_path):
     write(run_of(tmp_path, "part1", "part1", A), {CLEAN: 0.7})
     rows = report.read_table(tmp_path / "part1.csv")
-    other = rows[0] | {"weights": C, "condition": "rotation", "severity": "3", "value": 0.123}
+    other = rows[0] | {"weights": C, "condition": "rotation", "severity": "3", "value": 0.123,
+                       "ci_low": 0.1, "ci_high": 0.2}
     report.write_rows(tmp_path / "part1.csv", [*rows, other])
     text = text_of(tmp_path)
     assert f"part1.csv: of weights {C}" in text and "12.3" not in text

@@ -399,9 +399,12 @@ def resaved(text, how):
         return text.replace("0.", '"0,').replace(',"0,', ',"0,', 1).encode()
     if how == "text for a number":
         return (text + lines[-1].replace(lines[-1].split(",")[7], "good") + "\n").encode()
-    if how == "an accuracy of 200":
-        words = lines[1].split(",")
-        words[7] = "200"
+    changed = {"an accuracy of 200": (7, "200"), "a value outside its interval": (7, "0.999"),
+               "no images": (10, "0"), "a severity of 03": (4, "03")}
+    if how in changed:
+        words = next(line for line in lines if ",accuracy," in line).split(",")
+        place, word = changed[how]
+        words[place] = word
         return (text + ",".join(words) + "\n").encode()
     return {"empty": b"", "binary": bytes(range(256)) * 20, "a page": b"<html></html>"}[how]
 
@@ -409,7 +412,8 @@ def resaved(text, how):
 @pytest.mark.parametrize("how", [
     "semicolons", "Latin-1", "UTF-16", "missing column", "columns in another order",
     "cut in the middle", "Excel-mangled hash", "decimal commas", "text for a number",
-    "an accuracy of 200", "empty", "binary", "a page"])
+    "an accuracy of 200", "a value outside its interval", "no images", "a severity of 03", "empty",
+    "binary", "a page"])
 @pytest.mark.parametrize("name", ["part2.csv", "part3.csv"])
 def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
         tree, mine, monkeypatch, name, how):
