@@ -127,10 +127,11 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
               dict(versions_at_start()), device, device_name(device), amp.name)
     for row in read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
+            renamed = row["split_hash"] == run.split_hash
             raise UsageError(f"{folder} holds results on {row['dataset']}, split "
                              f"{row['split_hash']}; this run is on {run.dataset}, split "
-                             f"{run.split_hash}; give another --results-dir, or move the old "
-                             "results away")
+                             f"{run.split_hash}{' (the same data, renamed)' if renamed else ''}; "
+                             "give another --results-dir, or move the old results away")
     for each in common.PARTS:  # what is damaged is said now, not by the comparison at the end
         for file in (each, robustness_name(each)):
             read_record(folder, file)
@@ -318,7 +319,10 @@ def read_table(path):
             return [typed(values) for values in reader]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, csv.Error, ValueError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}; make it readable, or "
+                         "give another directory") from None
+    except (csv.Error, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not a table that this code wrote ({first_line(error)}); "
                          f"{REWRITE}") from None
 
@@ -446,13 +450,6 @@ def retire(run):
                            f"as results of earlier weights {', '.join(sorted(tested | begun))}")
 
 
-# ---- what every training part does after its loop -----------------------------------------------
-
-
-def finish(run, model, predictions, history, repeated):
-    """Writes all the files of a training part, the hardest to replace first; returns its rows.
-
-    Checkpoint, record and tables, then figures, none of which can end the run.
 def remove_figures(run, endings):
     """Removes an earlier run's figures: a run that is killed later leaves none beside its table."""
     if run.args["no_umap"]:
@@ -463,6 +460,13 @@ def remove_figures(run, endings):
             run.path(ending).unlink(missing_ok=True)
 
 
+# ---- what every training part does after its loop -----------------------------------------------
+
+
+def finish(run, model, predictions, history, repeated):
+    """Writes all the files of a training part, the hardest to replace first; returns its rows.
+
+    Checkpoint, record and tables, then figures, none of which can end the run.
     """
     if len(history) != run.args["epochs"]:
         run.versions["stopped"] = f"after epoch {len(history)} of {run.args['epochs']}"
@@ -487,6 +491,7 @@ def remove_figures(run, endings):
         panels.append(Panel(title, split, "clean", "", features, labels, features))
     measured = umap_rows(run, panels)
     rows += measured
+    remove_figures(run, FIGURES)
     write_rows(run.path(".csv"), rows)
     retire(run)
     plots.history(run.path("_history.png"), history, run, headline(rows)["evaluation"])
@@ -494,7 +499,6 @@ def remove_figures(run, endings):
     draw_umap(run, panels, measured)
     title = f"{run.part} ({run.label}): {len(history)} epochs, averaged weights"
     terminal.print_accuracies(title, rows)
-    remove_figures(run, FIGURES)
     return rows
 
 

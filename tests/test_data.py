@@ -336,6 +336,9 @@ def test_cifar10_is_downloaded_then_found(tmp_path, cifar_server):
         assert labels.tolist() == raw["labels"]
     cifar_server[2].shutdown()
     assert torch.equal(load_cifar(folder).test_images, data.test_images)  # no server needed
+    (folder / "cifar-10-batches-py/test_batch").rename(tmp_path / "test_batch")
+    with pytest.raises(RunError, match=f"remove {folder}/cifar-10-batches-py and put cifar-10-"):
+        load_cifar(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["cifar-10-batches-py", "notes.txt"]
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
 
@@ -432,7 +435,9 @@ def test_what_is_no_npy_file_of_cifar10c_is_named_or_hidden(tmp_path):
     np.savez(folder / "snow", images=np.zeros(3))
     (folder / "snow.npz").rename(folder / "snow.npy")
     np.save(folder / "zoom.npy", np.array(5))
-    for name, found in (("snow.npy", "snow.npy is not an .npy file"),
+    (folder / "rain.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr':(((((((")
+    for name, found in (("rain.npy", "not CIFAR-10-C's files"),
+                        ("snow.npy", "snow.npy is not an .npy file"),
                         ("zoom.npy", "zoom.npy is int")):
         with pytest.raises(UsageError, match=found):
             datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
