@@ -1,6 +1,7 @@
 """The comparison over several trainings: what holds for a method, not just for one network."""
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def compare_trainings(folders):
     lines = over_trainings(overviews, counts)
     tests = method_tests(lines, counts)
     rows = training_rows(studies[0].dataset, lines, counts, tests)
-    parent = Path(folders[0]).resolve().parent
+    parent = Path(os.path.abspath(folders[0])).parent  # beside a link, not beside its target
     write(parent, rows, training_text(studies, tables, lines, counts, tests))
     body = []
     for line in lines:

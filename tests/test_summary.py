@@ -1090,6 +1090,19 @@ def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):
     assert trainings.compare_trainings(folders)
 
 
+def test_trainings_are_written_beside_links_to_them(tmp_path):
+    study = tmp_path / "study"
+    study.mkdir()
+    links = []
+    for seed in (0, 1):
+        folder = training(study, seed, {CLEAN: 0.5})
+        links.append(tmp_path / f"link{seed}")
+        links[-1].symlink_to(folder, target_is_directory=True)
+    trainings.compare_trainings(links)
+    assert (tmp_path / "trainings.md").exists()
+    assert not (study / "trainings.md").exists()
+
+
 def test_what_is_no_several_trainings_is_refused(tmp_path):
     first = training(tmp_path, 0, {CLEAN: 0.5}, {CLEAN: 0.6})
     second = training(tmp_path, 1, {CLEAN: 0.5}, {CLEAN: 0.6})
