@@ -127,7 +127,7 @@ def lock(folder, name):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)  # stays open until it is released
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # stays open until it is released
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror or error}; choose another "
                        "--results-dir") from None

@@ -51,8 +51,8 @@ def parse_args(argv=None):
     add("--checkpoint", default="results/part1.pt", help="a checkpoint that a training part wrote")
     add("--perturbations", nargs="+", default=["all"], metavar="NAME",
         help="names from perturbations.py, or all")
-    add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="1-5",
-        help="severities to test, for perturbations that have one")
+    add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="N",
+        help="severities to test, 1 to 5, for perturbations that have one")
     add("--cifar10c", metavar="DIR",
         help="also test on CIFAR-10-C: the folder of its <corruption>.npy and labels.npy")
     add("--eps-255", nargs="+", type=arguments.number(float, 0, 15_000),  # L2: all pixels 14,134

@@ -61,6 +61,8 @@ def parse_args(argv=None):
     if args.loss == "sphereface" and args.margin is not None and args.margin < 1:
         parser.error("argument --margin: sphereface multiplies the angle by it, expected 1 to 4, "
                      f"found {args.margin}")
+    if args.alpha_deg != parser.get_default("alpha_deg") and args.loss != "angular":
+        parser.error(f"argument --alpha-deg: {args.loss} has no such angle; leave it out")
     if args.margin is not None and args.loss == "angular":
         parser.error("argument --margin: the Angular loss has none; leave it out, or give --loss")
     if args.scale != parser.get_default("scale") and args.loss not in ("arcface", "cosface"):

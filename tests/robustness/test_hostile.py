@@ -135,6 +135,7 @@ def wrong_command_lines():
         found.append((script, ["--data-dir", "a\0b"], 2, "is not text"))
     found += [("part4_angular", list(words), 2, words[0]) for words in PART4]
     found.append(("part4_angular", ["--loss", "sphereface", "--margin", "0.5"], 2, "--margin: sph"))
+    found.append(("part4_angular", ["--loss", "arcface", "--alpha-deg", "40"], 2, "no such"))
     found.append(("part4_angular", ["--loss", "arcface", "--proxies"], 2, "leave it out"))
     found.append(("part4_angular", ["--margin", "0.3"], 2, "--margin: the Angular"))
     found += [("part4_angular", [*loss, "--scale", "30"], 2, "--scale: the loss")
@@ -226,8 +227,8 @@ def test_mutated_checkpoints_load_or_are_refused(place, seed):
         model, meta = common.load_checkpoint(path, "cpu")
         assert meta["part"] in common.PARTS
         assert not model.training
-    except UsageError as error:
         assert checkpoints.weights_hash(model) == meta["weights"]
+    except UsageError as error:
         assert "mutated.pt: " in str(error)
         assert "\n" not in str(error)
     finally:
