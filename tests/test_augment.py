@@ -98,6 +98,14 @@ def test_perturbed_images_stay_in_range(photos):
     assert torch.equal(photos, before)
 
 
+def test_every_image_is_cropped_and_the_first_are_perturbed(photos):
+    images = photos[:32] / 255
+    cropped = part3_augmented.crop_and_flip(images, torch.Generator().manual_seed(0))
+    result = part3_augmented.augment(images, torch.Generator().manual_seed(0), step=0)
+    changed = (result != cropped).flatten(1).any(1)
+    assert changed.tolist() == [True] * (2 + 2 + 8) + [False] * 20  # of noise, color, geometry
+
+
 @pytest.mark.parametrize(("part", "flags"), [
     (part3_augmented, []), (part3_augmented, ["--families", "noise"]),
     (part4_angular, ["--augment"])])
