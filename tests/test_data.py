@@ -165,6 +165,14 @@ def test_balanced_batches_of_many_classes_hold_pairs_of_some(classes, each, batc
     assert len(seen.unique()) == len(seen)
 
 
+def test_every_batch_is_of_other_images_and_other_classes():
+    few = epochs_of(torch.arange(3).repeat(20), 12, epochs=2)
+    met = {tuple(sorted(x[y == 0].tolist())) for x, y in few}
+    assert len(met) == len(few) == 10
+    many = epochs_of(torch.arange(30).repeat(20), 8)
+    assert len({frozenset(y.tolist()) for _, y in many}) == len(many) == 75
+
+
 def test_small_classes_take_their_images_again():
     labels = torch.tensor([0] * 40 + [1] * 3)
     total = torch.stack([y.bincount() for _, y in epochs_of(labels, 10)]).sum(0)
