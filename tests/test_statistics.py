@@ -118,6 +118,12 @@ def test_knn_ties_go_to_the_nearer_neighbours():
         assert metrics.knn_predict(torch.tensor([near, far]), labels, image, k=2) == label
 
 
+def test_knn_goes_by_the_majority_however_near_or_long_the_others_are():
+    features = torch.tensor([[1.0, 0.0]] * 10 + [[-1.0, 0.1]] * 11)
+    labels = (torch.arange(21) >= 10).long()
+    assert metrics.knn_predict(features, labels, 1000 * features[:1], k=21) == 1
+
+
 def two_classes_of_six():
     """Features (12,4) and labels (12,) of two classes far apart."""
     labels = torch.arange(2).repeat_interleave(6)
@@ -249,6 +255,7 @@ def test_linear_probe_against_sklearn():
     centers = torch.randn(5, 12, generator=generator) * 0.8
     labels = torch.arange(5).repeat(120)
     features = centers[labels] + torch.randn(600, 12, generator=generator)
+    features *= torch.logspace(-2, 2, 12)  # which weighs none of them less
     train, test = (features[:300], labels[:300]), (features[300:], labels[300:])
     mean, std = train[0].mean(0), train[0].std(0)
     theirs = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000)  # the same penalty
