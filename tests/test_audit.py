@@ -95,8 +95,10 @@ def scaled(model, factor):
 
 
 def test_a_sound_attack_passes(victim):
-    failed, left, _ = attack(*victim)
+    failed, left, attacked = attack(*victim)
     assert not failed
+    for check in attacked.audit:
+        assert check.n == (60 if check.name.startswith("pgd") else N)
     assert left["fgsm", "0"] == 1
     assert left["random_sign", "8"] > left["fgsm", "8"] + 0.2
 
@@ -117,6 +119,22 @@ def test_a_saturated_softmax_changes_no_figure_on_unit_logits_and_is_found(victi
             assert after[name, eps] == pytest.approx(value, abs=0.017), (name, eps)  # one of 60
     assert after["fgsm", "8"] > before["fgsm", "8"]  # what would be taken for robustness
     assert "fgsm_unit 8/255 is hardly stronger than fgsm" in failed
+
+
+def test_an_image_without_a_gradient_has_none_anywhere(victim, monkeypatch):
+    def masked(*args):
+        direction = honest(*args).clone()
+        direction[:10] = 0
+        direction[10:, :, :8] = 0  # half of each image
+        return direction
+
+    honest = common.fgsm_direction
+    monkeypatch.setattr(common, "fgsm_direction", masked)
+    model, images, labels = victim
+    failed, _, attacked = attack(model, images[:40], labels[:40], "--audit-images", "10")
+    [row] = [row for row in attacked.rows if row["metric"] == "share of images without a gradient"]
+    assert (row["value"], row["n"]) == (0.25, 40)
+    assert "few images without a gradient" in failed
 
 
 def test_pgd_that_goes_too_far_is_found(victim, monkeypatch):
