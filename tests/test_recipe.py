@@ -127,6 +127,10 @@ class Training(NamedTuple):
     model: common.Model  # the one that was tested
     images: torch.Tensor  # all that were trained on, float in [0,1]
     labels: torch.Tensor
+    few: common.Split
+    average: common.WeightAverage
+    estimated_on: list  # images of every estimate of BatchNorm's statistics
+    scored: list  # (model, images) after every epoch
 
 
 def train(part, folder, *flags):
@@ -137,6 +141,9 @@ def train(part, folder, *flags):
     data = common.Data("toy", ("ant", "bee"), images, labels, images[:2] ^ 1, labels[:2])
     states = []
     models = []
+    estimated_on = []
+    scored = []
+    estimate = common.WeightAverage.for_evaluation
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("torchvision.models.resnet18", Tiny)
         monkeypatch.setattr(muon, "Muon", Watched)
@@ -144,11 +151,16 @@ def train(part, folder, *flags):
         monkeypatch.setattr(report, "end_epoch", lambda *args: states.append(args[2]))
         monkeypatch.setattr(report, "finish", lambda run, model, *_: models.append(model) or [])
         monkeypatch.setattr(summary, "compare", lambda folder: None)
+        monkeypatch.setattr(common.WeightAverage, "for_evaluation", lambda self, images, amp:
+                            estimated_on.append(images) or estimate(self, images, amp))
+        monkeypatch.setattr(common, "evaluation_accuracy", lambda model, split, amp:
+                            scored.append((model, split.eval_images)) or 0.5)
         part.main(["--epochs", 5, "--batch-size", 4, "--train-fraction", 0.5, "--lr", 0.02,
                    "--weight-decay", 0.03, "--amp", "off", "--results-dir", folder, *flags])
     split = common.split_data(data, 0.5, 0)
     return Training(states[-1]["optimizer"], models[0], split.train_images / 255,
-                    split.train_labels)
+                    split.train_labels, common.few_of(split), states[-1]["average"], estimated_on,
+                    scored)
 
 
 def averaged(optimizer, name):
@@ -184,6 +196,16 @@ def test_what_is_tested_is_the_average_on_all_training_images(watched):
     with torch.no_grad():
         seen = model.backbone.conv1((watched.images - model.mean) / model.std)
     assert torch.allclose(model.backbone.bn1.running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_the_learning_curve_is_of_the_average_on_few_images(watched):
+    *after_epochs, in_the_end = watched.estimated_on
+    assert len(after_epochs) == len(watched.scored) == 5
+    assert all(torch.equal(images, watched.few.train_images) for images in after_epochs)
+    assert len(in_the_end) == len(watched.images)
+    for model, images in watched.scored:
+        assert model is watched.average.model
+        assert torch.equal(images, watched.few.eval_images)
 
 
 def test_part_4_classifies_by_the_means_of_all_training_images(tmp_path):
