@@ -228,6 +228,18 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
     assert path.read_bytes() == before
 
 
+def test_a_resumed_training_draws_what_it_would_have_drawn(tmp_path):
+    """From its generator and, as a student's line may, from torch's own."""
+    generator = torch.Generator().manual_seed(1)
+    checkpoints.save_state(tmp_path / "x.pt", {}, 1, [], {}, generator, {})
+    expected = torch.rand(3), torch.rand(3, generator=generator)
+    torch.manual_seed(2)
+    resumed = torch.Generator()
+    checkpoints.resume(tmp_path / "x.pt", True, {}, 2, {}, resumed, {})
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.equal(torch.rand(3, generator=resumed), expected[1])
+
+
 def test_nothing_to_resume_is_said(tmp_path, capsys):
     for wanted in (True, False):
         assert checkpoints.resume(tmp_path / "a.pt", wanted, {}, 5, {}, None, {}) == (0, [])
