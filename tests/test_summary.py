@@ -131,12 +131,14 @@ def test_means_by_hand(tmp_path):
 def test_cifar10c_does_not_count_in_the_means(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.8})
     write(run_of(tmp_path, "part2", "part1"),
-          perturbed(rotation=0.5, jpeg=0.6) | {("test", "cifar10c fog", "3"): 0.1})
+          perturbed(rotation=0.5, jpeg=0.6) | {("test", "cifar10c fog", "5"): 0.1})
     found = lines_of(tmp_path)
     assert found["cifar10c fog (CIFAR-10-C)"]["part1"] == 0.1
     assert found[comparison.ALL_PERTURBED]["part1"] == pytest.approx(0.55)
     assert found["mPC relative to clean"]["part1"] == pytest.approx(0.55 / 0.8)
-    assert "55.0 % on average (mPC), lowest under rotation (geometry): 50.0 %." in text_of(tmp_path)
+    text = text_of(tmp_path)
+    assert "55.0 % on average (mPC), lowest under rotation (geometry): 50.0 %." in text
+    assert "Means are taken over severities (3), then over perturbations." in text
 
 
 def test_severities_are_averaged_before_perturbations(tmp_path):
