@@ -211,8 +211,10 @@ def test_random_noise_is_as_large_as_the_attack(study, norm, order):
     images = study.images[:4] / 255
     clean = logits_of(study.model, images)
     names = audit.attack_names(norm)
-    noise = part2_robustness.make_directions(args, names, study.model, images, study.labels[:4],
-                                             clean, None)[names.random].flatten(1)
+    noise, again = (part2_robustness.make_directions(
+        args, names, study.model, images, study.labels[:4], clean, None)[names.random].flatten(1)
+        for _ in range(2))
+    assert torch.equal(noise, again)  # the same in every run
     assert torch.allclose(noise.norm(order, dim=1), torch.ones(4))
     if norm == "inf":
         assert (noise.abs() == 1).all()
