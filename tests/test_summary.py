@@ -753,6 +753,9 @@ def test_the_same_head_on_both_parts_by_a_hand_calculation(tmp_path):
         for name, knn in (("part1", 0.6), ("part3", 0.6 + gain)):
             run = run_of(folder, name, name, f"{seed:011x}{name[-1]}", seed, f"{seed:012x}")
             append(run, head_row(run, "test", "knn", knn), head_row(run, "evaluation", "knn", 0.5))
+            again = run_of(folder, report.robustness_name(name), name, run.weights, seed,
+                           run.split_hash)
+            write(again, {CLEAN: 0.5})  # part 2's figure, after the part's own
         folders.append(folder)
     append(run, head_row(run, "test", "probe", 0.9))  # of one training alone
     trainings.compare_trainings(folders)
@@ -898,6 +901,8 @@ def test_attacks_are_corrected_apart_from_perturbations(tmp_path):
     alone = metrics.paired_difference([0.296, 0.3, 0.304], [0.1, 0.1, 0.1])
     assert float(row["p_holm"]) == pytest.approx(alone.p_value, rel=1e-4)
     assert row["verdict"] == "better"
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    assert "than part1 (cross-entropy) under FGSM 8/255, n = 1,000 | +20.0 points" in text
 
 
 @pytest.mark.parametrize(("again", "verdict"), [
