@@ -183,8 +183,10 @@ def test_the_rate_warms_up_in_a_fifth_of_the_steps_and_falls_to_a_thousandth(wat
     assert watched.optimizer.rates == pytest.approx([0.02 * share for share in up + down])
 
 
-def test_every_step_has_the_weight_decay_asked_for_and_trains_batch_norm(watched):
-    assert [group["weight_decay"] for group in watched.optimizer.param_groups] == [0.03, 0.03]
+def test_every_step_has_the_decay_and_momentum_asked_for_and_trains_batch_norm(watched):
+    groups = watched.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.03, 0.03]
+    assert [group["momentum"] for group in groups] == [0.9, 0.9]  # with a cycle 0.95 in the end
     assert watched.optimizer.model.backbone.bn1.num_batches_tracked == 15
 
 
