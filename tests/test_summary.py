@@ -4,9 +4,9 @@ import csv
 import html.parser
 import json
 import re
+import runpy
 from pathlib import Path
 
-import arguments
 import claims
 import common
 import comparison
@@ -1150,10 +1150,14 @@ def test_no_checkpoint_is_needed(tmp_path):
     assert trainings.compare_trainings(folders)
 
 
-def test_the_command_line_takes_folders(tmp_path):
-    parser = arguments.new_parser("summary.py", summary.__doc__)
-    assert parser.prog == "summary.py"
-    assert summary.compare_trainings is trainings.compare_trainings
+def test_the_command_line_takes_folders(tmp_path, monkeypatch):
+    folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1)]
+    monkeypatch.setattr("sys.argv", ["summary.py", *map(str, folders)])
+    runpy.run_path(summary.__file__, run_name="__main__")
+    assert (tmp_path / "trainings.csv").exists()
+
+
+def test_every_part_has_its_question():
     assert set(summary.QUESTIONS) == set(common.PARTS)
 
 
