@@ -262,3 +262,14 @@ def test_the_average_estimates_batch_statistics_on_batches_of_all_classes(step, 
     average.for_evaluation(images[:50], amp)
     again = average.for_evaluation(images[::step], amp).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+def test_batch_statistics_and_predictions_are_in_the_precision_of_the_training(small_photos,
+                                                                               tiny_backbone):
+    average = common.WeightAverage(common.Model(2), power=3)
+    inside = []
+    average.model.register_forward_pre_hook(
+        lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    amp = common.Amp("bf16", CPU)
+    common.predict(average.for_evaluation(small_photos, amp), small_photos, amp)
+    assert inside == [True, True]
