@@ -192,6 +192,7 @@ def test_every_head_stands_under_its_own_name(tmp_path):
     run = run_of(tmp_path, "part1", "part1")
     write(run, {CLEAN: 0.7})
     append(run, head_row(run, "test", "knn", 0.6), head_row(run, "test", "probe", 0.5))
+    write(run_of(tmp_path, "part2", "part1"), {CLEAN: 0.5})  # does not replace the part's own
     text = text_of(tmp_path)
     assert "| accuracy, % | test, own | test, knn | test, probe |" in text
     assert "| part1 (cross-entropy) | 70.0 | 60.0 | 50.0 |" in text
@@ -287,6 +288,15 @@ def test_clean_accuracy_of_attacked_images_is_not_the_clean_accuracy(tmp_path):
     found = lines_of(tmp_path)
     assert found["test set"]["part1"] == 0.7
     assert found["FGSM: the same 100 images, not attacked"]["part1"] == 0.75
+
+
+def test_attacks_stand_where_they_are_swept_or_pgd_ran(tmp_path):
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
+    tried = (("worst_case", "4"), ("random_sign", "4"), ("random_sign", "8"), ("pgd", "8"))
+    write(run_of(tmp_path, "part2", "part1"), {("test", *each): 0.5 for each in tried})
+    assert [title for title in lines_of(tmp_path) if "/255" in title] == [
+        "PGD 8/255, n = 1,000", "random sign 8/255, n = 1,000",
+        "worst of its own one-step attacks 4/255, n = 1,000"]
 
 
 def test_jpeg_on_the_jpeg_copy_is_marked_and_no_held_out_perturbation(tmp_path):
@@ -388,13 +398,14 @@ def test_findings_count_what_is_better_and_what_is_worse(tmp_path):
             "shown in 1.") in text
 
 
-def test_the_figure_compares_test_images_alone(tmp_path, monkeypatch):
+def test_the_figure_is_of_test_images_the_table_of_none_trained_on(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plots, "comparison", lambda path, rows, names: shown.extend(rows))
     write(run_of(tmp_path, "part1", "part1"),
           {("train", "clean", ""): 0.9, ("evaluation", "clean", ""): 0.6, CLEAN: 0.7})
-    summary.compare(tmp_path)
+    tests = summary.compare(tmp_path)
     assert [(row["condition"], row["accuracy"]) for row in shown] == [("clean", 0.7)]
+    assert [row["split"] for row in tests] == ["evaluation", "test"]
 
 
 def test_severities_are_said_that_the_means_are_over(tmp_path):
