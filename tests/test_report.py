@@ -111,12 +111,17 @@ def test_figures_show_the_evaluation_accuracy_and_the_tests_confusion(tmp_path, 
 def test_calibration_is_of_the_split_in_its_row():
     labels = torch.arange(3).repeat(4)
     features = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
-    sure = {"train": 0 * labels, "evaluation": labels, "test": (labels + 1) % 3}
-    predictions = {split: common.Prediction(50 * torch.eye(3)[predicted], features, labels)
-                   for split, predicted in sure.items()}  # a third, all and none are right
-    rows = report.clean_rows(run_of(None, {"test": 12}), predictions, 0)
-    found = {row["split"]: row["value"] for row in rows if row["metric"] == "calibration_error"}
+    sure = {"train": 0 * labels, "evaluation": labels[:9], "test": (labels[:6] + 1) % 3}
+    predictions = {}  # a third, all and none are right
+    for split, predicted in sure.items():
+        n = len(predicted)
+        predictions[split] = common.Prediction(50 * torch.eye(3)[predicted], features[:n],
+                                               labels[:n])
+    rows = report.clean_rows(run_of(None, {"test": 6}), predictions, 0)
+    rows = [row for row in rows if row["metric"] == "calibration_error"]
+    found = {row["split"]: row["value"] for row in rows}
     assert found == pytest.approx({"evaluation": 0, "test": 1})
+    assert [row["n"] for row in rows] == [9, 6]
 
 
 def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tiny_backbone):
