@@ -371,6 +371,9 @@ def test_findings_give_every_number_to_its_own_images(tmp_path):
             "to 72.8, n = 1,000) of the test images, 90.0 % of its 1,000 training images, a "
             "generalization gap (training - test) of 20.0 points.\n") in text
     assert "- **Attacked** at 8/255: FGSM 20.0 % (17.6 to 22.6, n = 1,000)." in text
+    write(run_of(tmp_path, "part2", "part1"),
+          {("test", "fgsm", "32"): 0.2, ("test", "pgd", "64"): 0})
+    assert "- **Attacked** at 64/255: PGD 0.0 % (0.0 to 0.4, n = 1,000)." in text_of(tmp_path)
 
 
 def test_questions_and_commands_are_of_their_own_part(tmp_path):
