@@ -1,6 +1,7 @@
 """What must be the same in every part, in the order in which data passes through it.
 
-Seed, device, mixed precision; data, split, batches; model; prediction; checkpoints; UMAP.
+Seed, device, mixed precision; data, split, batches; averaged weights; prediction; checkpoints;
+UMAP. The network is in network.py.
 A line belongs here if changing it in one part alone would silently spoil the comparison of parts.
 """
 
@@ -14,12 +15,14 @@ from typing import NamedTuple
 
 import checkpoints
 import datasets
-from arguments import LABEL_SMOOTHING, UsageError, check_data_arguments, first_line
+from arguments import UsageError, check_data_arguments, first_line
 from attacks import UnitLogits as UnitLogits  # x as x: part of this module's interface
 from attacks import fgsm as fgsm
 from attacks import fgsm_direction as fgsm_direction
 from attacks import pgd as pgd
-from metrics import class_means
+from network import AMX, CPU
+from network import ClassMeans as ClassMeans
+from network import Model as Model
 from perturbations import FAMILY
 from perturbations import NO_SEVERITY as NO_SEVERITY
 from perturbations import PERTURBATIONS as PERTURBATIONS
@@ -27,21 +30,16 @@ from perturbations import perturb as perturb
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
 
 # ---- constants ----------------------------------------------------------------------------------
 
-MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training pixels in [0,1], by channel
-STD = (0.2470, 0.2435, 0.2616)
 HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
 QUICK_PER_CLASS = 10
 EMBEDDING_DIM = 128  # of part 4's last layer
-CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {instruction set: whether it is there}
-AMX = CPU.get("amx_bf16", False)  # multiplies tiles of bf16, as Intel's Xeons do since 2023
 PARTS = ("part1", "part3", "part3_crop_flip", "part4", "part4_augmented", "part4_proxies",
          "part4_proxies_augmented")  # what trains a model, and what its files are called
 META = {"part": str, "weights": str, "args": dict, "dataset": str, "classes": list, "outputs": int,
@@ -363,110 +361,7 @@ def shares_of(shares, families):
     return {name: shares[family] for name, family in FAMILY.items() if family in families}
 
 
-# ---- model --------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    """Pixels in [0,1] to logits: normalization, torchvision's ResNet18 for small images, a head.
-
-    forward: float (B,3,H,W) in [0,1] → logits (B,C).  The backbone's state_dict loads with
-    strict=True into torchvision's resnet18(num_classes=outputs) with a 3×3 stem and no max-pool
-    (He et al. 2016, for CIFAR).
-    """
-
-    def __init__(self, outputs, head=None):
-        from torchvision.models import resnet18
-
-        super().__init__()
-        self.n_outputs = outputs
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
-        self.backbone = resnet18(num_classes=outputs)
-        self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.backbone.maxpool = nn.Identity()
-        for block in self.backbone.layer4:
-            for name, conv in list(block.named_children()):
-                if name.startswith("conv") and SideBySide.computes(conv):
-                    setattr(block, name, SideBySide(conv))
-        self.head = head or nn.Identity()
-
-    def outputs(self, images):
-        """The backbone's last layer: logits in parts 1 and 3, the embedding (B,D) in part 4."""
-        return self.backbone((images - self.mean) / self.std)
-
-    def forward(self, images):
-        return self.head(self.outputs(images))
-
-
-class SideBySide(nn.Conv2d):
-    """A 3×3 convolution, for CPUs with AMX: lays small bf16 images side by side, as one wide image.
-
-    The same sums from the same weights.  AMX multiplies 16 pixels of a row at once, of which a map
-    of 4×4 fills four: about three times as fast there, forward and backward.
-    """
-
-    def __init__(self, conv):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                         conv.padding, bias=False, device="meta")  # no random weights
-        self.weight = conv.weight
-
-    @staticmethod
-    def computes(conv):
-        """Whether this is what a convolution computes, which a student may have edited."""
-        return (conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1)
-                and conv.groups == 1 and conv.bias is None and conv.padding_mode == "zeros")
-
-    def forward(self, images):
-        width, stride = images.shape[3], self.stride[1]
-        small = width <= 4 * stride and width % stride == 0
-        if AMX and small and images.dtype == torch.bfloat16 and images.device.type == "cpu":
-            return self.wide(images)
-        return super().forward(images)
-
-    def wide(self, images):
-        """The convolution of images (N,C,H,W), W a multiple of the stride: (N,C',H',W')."""
-        n, _, height, width = images.shape
-        gap = self.stride[1]  # columns of zeros after each image: one of the result, left out below
-        row = F.pad(images, (0, gap)).permute(2, 0, 3, 1)  # (H,N,W+gap,C)
-        row = row.reshape(1, height, n * (width + gap), -1).permute(0, 3, 1, 2)  # (1,C,H,N(W+gap))
-        result = super().forward(row)  # (1,C',H',N(W'+1))
-        apart = result.unflatten(3, (n, -1))[0, :, :, :, :-1]  # (C',H',N,W')
-        return apart.permute(2, 0, 1, 3).contiguous(memory_format=torch.channels_last)
-
-
-class ClassMeans(nn.Module):
-    """The nearest-class-mean classifier: logits are scale × cosine to the class means (C,D).
-
-    The means are set after training, or learned during training as proxies of the classes.
-    """
-
-    def __init__(self, classes, dim, learned=False):
-        super().__init__()
-        self.learned = learned
-        # no numbers until they are set: an attack before that raises, instead of doing nothing
-        self.means = nn.Parameter(torch.full((classes, dim), torch.nan))
-        self.register_buffer("scale", torch.ones(()))
-
-    @torch.no_grad()
-    def fit(self, embeddings, labels):
-        """Sets the means (unless learned) of embeddings (N,D), labels (N,), and then the scale.
-
-        The scale, one of 1, 2 … 64, gives the least label-smoothed cross-entropy (part 1's loss) on
-        these embeddings: finite even if all are classified correctly, so gradients do not vanish.
-        """
-        if not self.learned:
-            self.means.copy_(class_means(embeddings, labels, len(self.means)))
-        self.scale.fill_(1)
-        cosines = self(embeddings)
-        scales = torch.arange(1.0, 65.0, device=labels.device)
-        losses = [F.cross_entropy(scale * cosines, labels, label_smoothing=LABEL_SMOOTHING)
-                  for scale in scales]
-        self.scale.copy_(scales[torch.stack(losses).argmin()])
-
-    def forward(self, embeddings):
-        with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would tie close classes
-            cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.means, dim=1).T
-            return self.scale * cosines
+# ---- averaged weights, compilation --------------------------------------------------------------
 
 
 class WeightAverage:

@@ -46,6 +46,7 @@ def main():
     args = parse_args()
     import common
     import muon
+    import network
     import report
     from part3_augmented import augment
 
@@ -69,7 +70,7 @@ def main():
                 steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()]
             self.arrays = images.permute(0, 2, 3, 1).numpy()
             self.transform = transforms.Compose([
-                *steps, transforms.ToTensor(), transforms.Normalize(common.MEAN, common.STD)])
+                *steps, transforms.ToTensor(), transforms.Normalize(network.MEAN, network.STD)])
 
         def __len__(self):
             return n
@@ -176,11 +177,11 @@ def main():
     with_amx = []
     without = []
     for _ in range(2 * args.rounds):  # in turn; batches of the last size
-        for times, amx in ((with_amx, common.AMX), (without, False)):
-            with unittest.mock.patch.object(common, "AMX", amx):
+        for times, amx in ((with_amx, network.AMX), (without, False)):
+            with unittest.mock.patch.object(network, "AMX", amx):
                 times.append(seconds(bare, True, False))
     lines += ["", f"Bare step, batches of {size}: {n / statistics.median(with_amx):.0f} images/s; "
-              f"{n / statistics.median(without):.0f} without `common.SideBySide`."]
+              f"{n / statistics.median(without):.0f} without `network.SideBySide`."]
 
     def median(work, *arguments):
         return statistics.median(seconds(work, *arguments) for _ in range(args.rounds))

@@ -4,6 +4,7 @@ import copy
 
 import audit
 import common
+import network
 import part2_robustness
 import report
 
@@ -150,7 +151,7 @@ def test_pgd_that_goes_too_far_is_found(victim, monkeypatch):
 def test_steps_in_normalized_units_are_too_long(victim, monkeypatch):
     honest = common.fgsm_direction
     monkeypatch.setattr(common, "fgsm_direction",
-                        lambda model, *args: honest(model, *args) / common.STD[0])
+                        lambda model, *args: honest(model, *args) / network.STD[0])
     assert "|delta| is at most eps" in attack(*victim)[0]
 
 

@@ -5,6 +5,7 @@ import unittest.mock
 
 import checkpoints
 import common
+import network
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_a_students_forward_is_what_predicts(small_model, photos, monkeypatch):
 @pytest.mark.parametrize(("n", "side"), [(1, 4), (3, 2), (5, 8), (2, 6)])
 def test_images_side_by_side_are_the_same_convolution(stride, n, side):
     plain = nn.Conv2d(7, 5, 3, stride, 1, bias=False).double()
-    side_by_side = common.SideBySide(plain)
+    side_by_side = network.SideBySide(plain)
     images = torch.randn(n, 7, side, side, dtype=torch.float64, requires_grad=True)
     one, other = plain(images), side_by_side.wide(images)
     assert torch.allclose(one, other, atol=1e-12)
@@ -97,12 +98,12 @@ def test_side_by_side_in_bf16_is_as_near_to_float32(small_model, photos, monkeyp
     model = common.folded(small_model) if folded else small_model
     images = photos[:8] / 255
     errors = []
-    wide = unittest.mock.Mock(side_effect=common.SideBySide.wide, autospec=True)
-    monkeypatch.setattr(common.SideBySide, "wide", lambda *args: wide(*args))
+    wide = unittest.mock.Mock(side_effect=network.SideBySide.wide, autospec=True)
+    monkeypatch.setattr(network.SideBySide, "wide", lambda *args: wide(*args))
     with torch.no_grad():
         exact = model(images)
         for amx in (False, True):
-            monkeypatch.setattr(common, "AMX", amx)
+            monkeypatch.setattr(network, "AMX", amx)
             with common.Amp("bf16", CPU).autocast():
                 errors.append((model(images) - exact).abs().max().item())
             assert wide.call_count == 4 * amx  # the convolutions of layer4, in bf16 alone
@@ -110,9 +111,9 @@ def test_side_by_side_in_bf16_is_as_near_to_float32(small_model, photos, monkeyp
 
 
 def test_images_lie_side_by_side_on_a_cpu_alone(monkeypatch):
-    monkeypatch.setattr(common, "AMX", True)
-    monkeypatch.setattr(common.SideBySide, "wide", lambda *arguments: "wide")
-    convolution = common.SideBySide(nn.Conv2d(7, 5, 3, 1, 1, bias=False)).bfloat16()
+    monkeypatch.setattr(network, "AMX", True)
+    monkeypatch.setattr(network.SideBySide, "wide", lambda *arguments: "wide")
+    convolution = network.SideBySide(nn.Conv2d(7, 5, 3, 1, 1, bias=False)).bfloat16()
     assert convolution(torch.zeros(2, 7, 4, 4, dtype=torch.bfloat16)) == "wide"
     elsewhere = convolution.to("meta")(torch.zeros(2, 7, 4, 4, dtype=torch.bfloat16, device="meta"))
     assert elsewhere.shape == (2, 5, 4, 4)
@@ -121,7 +122,7 @@ def test_images_lie_side_by_side_on_a_cpu_alone(monkeypatch):
 def test_weights_do_not_depend_on_the_processor(monkeypatch):
     hashes = set()
     for amx in (False, True):
-        monkeypatch.setattr(common, "AMX", amx)
+        monkeypatch.setattr(network, "AMX", amx)
         common.seed_everything(0, CPU)
         hashes.add(checkpoints.weights_hash(common.Model(10)))
     assert len(hashes) == 1
@@ -201,20 +202,20 @@ def test_only_3x3_convolutions_of_all_channels_lie_side_by_side(monkeypatch, cha
 
     monkeypatch.setattr("torchvision.models.resnet18", resnet)
     kinds = {name: type(module) for name, module in common.Model(10).backbone.named_modules()}
-    assert kinds["layer4.1.conv1"] is common.SideBySide
-    assert (kinds["layer4.1.conv2"] is common.SideBySide) == (not change)
+    assert kinds["layer4.1.conv1"] is network.SideBySide
+    assert (kinds["layer4.1.conv2"] is network.SideBySide) == (not change)
 
 
 @pytest.mark.parametrize(("width", "stride", "wide"), [(4, 1, True), (8, 2, True), (7, 2, False),
                                                        (3, 1, True), (16, 2, False)])
 def test_only_small_images_that_the_stride_divides_lie_side_by_side(monkeypatch, width, stride,
                                                                     wide):
-    monkeypatch.setattr(common, "AMX", True)
-    called = unittest.mock.Mock(side_effect=common.SideBySide.wide, autospec=True)
-    monkeypatch.setattr(common.SideBySide, "wide", lambda *args: called(*args))
+    monkeypatch.setattr(network, "AMX", True)
+    called = unittest.mock.Mock(side_effect=network.SideBySide.wide, autospec=True)
+    monkeypatch.setattr(network.SideBySide, "wide", lambda *args: called(*args))
     convolution = nn.Conv2d(7, 5, 3, stride, 1, bias=False).bfloat16()
     images = torch.randn(2, 7, width, width).bfloat16()
-    found = common.SideBySide(convolution)(images)
+    found = network.SideBySide(convolution)(images)
     assert called.called == wide
     assert torch.allclose(found, convolution(images), atol=0.05)
 
