@@ -70,8 +70,6 @@ def test_there_are_four_families():
         "color": "brightness contrast saturation color_jitter grayscale posterize",
         "geometry": "horizontal_flip vertical_flip rotation translation scale cutout"}
     assert FAMILY.keys() == PERTURBATIONS.keys()
-    assert len(PERTURBATIONS) >= 16
-    assert set(FAMILY.values()) == {"noise", "blur", "color", "geometry"}
     assert set(common.SEEN_FAMILIES) | set(common.HELD_OUT_FAMILIES) == set(FAMILY.values())
     assert not set(common.SEEN_FAMILIES) & set(common.HELD_OUT_FAMILIES)
 

@@ -1156,14 +1156,6 @@ def test_two_seeds_in_one_folder_are_named_by_the_comparison(tmp_path):
     assert "Their trainings differ in `--seed` (1; part1 0)" in text_of(tmp_path)
 
 
-def test_no_checkpoint_is_needed(tmp_path):
-    folders = [training(tmp_path, seed, {CLEAN: 0.5} | perturbed(rotation=0.5)) for seed in (0, 1)]
-    assert not list(tmp_path.rglob("*.pt"))
-    for folder in folders:
-        summary.compare(folder)
-    assert trainings.compare_trainings(folders)
-
-
 def test_the_command_line_takes_folders(tmp_path, monkeypatch):
     folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1)]
     monkeypatch.setattr("sys.argv", ["summary.py", *map(str, folders)])
