@@ -379,9 +379,10 @@ def training_text(studies, tables, lines, counts, tests):
     for part, reference in comparison.pairs(counts):
         mine = [test for test in tests if (test.part, test.reference) == (part, reference)]
         if mine:
-            both = next(study.parts for study in studies if {part, reference} <= {*study.parts})
+            first = next(study for study in studies if {part, reference} <= {*study.parts})
+            said = comparison.argument_differences(first.parts[part], first.parts[reference])
             text += [f"## {titles[part]} against {titles[reference]}", pair_table(mine),
-                     comparison.argument_differences(both[part], both[reference])]
+                     f"{said} (By the records in {code(first.folder.as_posix())}.)"]
     text += ["## Loss or head?",
              f"{comparison.ABOUT_HEADS} The same head on both parts separates the loss from the "
              "head. Intervals are Student's, not corrected for multiple comparisons.",

@@ -1061,7 +1061,8 @@ def test_arguments_in_which_part_and_reference_differ_stand_with_their_table(tmp
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
     assert "Their trainings differ in `--epochs` (200; part1 6)." in text
     assert ("Their tests by part 2 differ in no argument that both have; arguments that only one "
-            "has: `--attack-images` 9.") in text
+            "has: `--attack-images` 9. (By the records in `") in text
+    assert text.count(f"(By the records in `{folders[0].as_posix()}`.)") == 1  # not in all alike
 
 
 def test_families_of_a_part_3_without_a_record_are_said_to_be_assumed(tmp_path):
