@@ -594,5 +594,5 @@ def draw_umap(run, panels, measured):
                 label=np.concatenate([panel.labels for panel in drawn]),
                 panel=np.repeat([panel.title for panel in panels], sizes))
     except RunError as error:
-        print(f"{error}; the tables are not affected")
+        print(f"{plots.reason(error)}; the tables are not affected")
     plots.umap(run.path("_umap.png"), drawn, run)

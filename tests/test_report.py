@@ -1,5 +1,6 @@
 """What a part reports, against scikit-learn or values worked by hand."""
 
+import os
 import types
 from dataclasses import replace
 
@@ -147,7 +148,7 @@ def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tin
         assert widths[split] == pytest.approx(silhouette_score(features[some], labels[some]))
 
 
-def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypatch):
+def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy())
     monkeypatch.setattr(plots, "umap", lambda *_: None)
     run = run_of(tmp_path, {})
@@ -160,6 +161,14 @@ def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypa
         assert file["panel"].tolist() == 3 * ["clean"] + 2 * ["noise"]
         assert file["label"].tolist() == labels.tolist()
         assert np.array_equal(file["coordinates"], features)
+
+    def full(_):
+        raise OSError(28, "disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    report.draw_umap(run, panels, 4 * [{"metric": "2-NN", "value": 0.5}])
+    [line] = capsys.readouterr().out.splitlines()  # not: what was there before is unchanged
+    assert line.endswith("part1_umap.npz: disk full; the tables are not affected")
 
 
 def test_printed_accuracies_have_their_interval_and_n(capsys):
