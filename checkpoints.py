@@ -193,7 +193,7 @@ def flag(name):
 
 
 def spelled(value):
-    """An argument's value as the command line has it; 2.0 as 2, as which it was recorded once."""
+    """An argument's value as the command line has it; 2.0 as 2, since records have either."""
     if isinstance(value, list | tuple):
         return " ".join(map(spelled, value)) or "none"
     if isinstance(value, float) and value.is_integer():

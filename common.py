@@ -328,7 +328,8 @@ def few_sizes(training, evaluation):
 def few_of(split):
     """A Split of few images, for the learning curve: `few_sizes`, evenly spaced.
 
-    Training images are of every class, since part 4 classifies by the means of all.
+    Training images are of every class, since part 4 classifies by the means of all: of many small
+    classes there are more than `few_sizes`.
     """
     train_n, eval_n = few_sizes(len(split.train_labels), len(split.eval_labels))
     train = evenly_spaced(len(split.train_labels), train_n)

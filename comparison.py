@@ -436,7 +436,7 @@ def corruption_error(accuracy, name):
 
 
 def attack_lines(table, names):
-    """A Line for each attack, eps and number of images; but for SWEPT, only where PGD ran too."""
+    """A Line for each attack, eps and number of images; not in SWEPT: only where PGD ran."""
     values = {}
     for row in table:
         if row["family"] == "attack":
