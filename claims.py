@@ -198,7 +198,7 @@ def audit_claim(studies):
         return []
     passed = sum(passed for _, passed in found)
     outcome = "supported" if passed == len(found) else "contradicted"
-    claim = "No audit check speaks against the attacks; stronger ones may leave less accuracy"
+    claim = "No audit check speaks against the attacks"
     return [Claim(claim, f"{passed} of {len(found)} pass", outcome,
                   "summary.md, Audit of the attacks")]
 

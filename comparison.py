@@ -35,7 +35,7 @@ GROUPS = {"clean": "Clean images", "perturbed": "Perturbed test images",
 SPLITS = {"train": TRAIN, "evaluation": "evaluation split", "test": TEST}
 ABOUT_HEADS = (
     "`own` is the part's own classifier; the others are fitted only to the training images' "
-    "features (the input of the network's last layer): nearest class mean, nearest neighbors, "
+    "features (the input of the network's last layer): nearest class mean, nearest neighbours, "
     "linear probe.")
 
 
