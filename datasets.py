@@ -48,10 +48,10 @@ def cifar10(data_dir):
         train = CIFAR10(data_dir, train=True)
         test = CIFAR10(data_dir, train=False)
     except Exception as error:  # no network, a page instead of the archive, a full disk
-        way = f"remove {folder} and put" if folder.exists() else "put"
+        damaged = folder.exists() and isinstance(error, RuntimeError)  # torchvision's, by MD5
+        way = f"remove {folder} and put" if damaged else "put"
         raise RunError(
-            f"CIFAR-10 is missing or incomplete in {folder} and could not be put there "
-            f"({first_line(error)}). Ways out: {way} "
+            f"CIFAR-10 in {folder} cannot be used ({first_line(error)}). Ways out: {way} "
             f"{CIFAR10.filename} into {data_dir}; or --dataset folder with a tree "
             f"{data_dir}/train/<class>/**, {data_dir}/test/<class>/**; or --dataset digits, which "
             "needs no download") from None
@@ -155,6 +155,8 @@ def cifar10c(folder, classes):
             sha.update(np.ascontiguousarray(pixels))
         if not corruptions:
             raise ValueError("no corruption is there")
+    except MemoryError:
+        raise
     except Exception as error:  # numpy parses a damaged header as Python
         raise UsageError(f"--cifar10c {folder}: not CIFAR-10-C's files ({first_line(error)}); "
                          "expected <corruption>.npy of uint8 (5n, 32, 32, 3) and labels.npy of 5n "
