@@ -90,7 +90,8 @@ def write(parent, rows, text):
 def check(studies):
     """Raises UsageError unless the Studies are different trainings that differ in seeds alone."""
     if len(studies) < 2:
-        raise UsageError(f"expected at least two results directories, found {len(studies)}")
+        raise UsageError(f"expected at least two results directories, found {len(studies)}; what "
+                         "one training shows is in its own summary.html")
     if len({study.folder.resolve() for study in studies}) < len(studies):
         raise UsageError("the same results directory is listed twice; expected different "
                          "trainings")
