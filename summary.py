@@ -68,7 +68,10 @@ def findings(study, part, lines, tests):
         if name == part.name:
             mine = [row for row in tests if (row["part"], row["reference"]) == (name, reference)]
             items.append(compared(part, study.parts[reference], mine))
-    return "\n".join([f"### {part.title}: {question}\n", *[f"- {item}" for item in items]])
+    text = f"### {part.title}: {question}\n"
+    for item in items:
+        text += f"\n- {item}"
+    return text
 
 
 def clean_findings(part):
