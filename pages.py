@@ -23,6 +23,10 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-top: .5rem;
   border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 .3rem; }
 p, ul { max-width: 48rem; }
+nav ul { list-style: none; margin: 0; padding: 0; }
+nav li { display: inline-block; margin-right: 1.2rem; }
+nav, figcaption { font-size: .85rem; }
+a { color: var(--accent); }
 .table { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
@@ -38,7 +42,7 @@ tr:nth-child(even) td:first-child { background: var(--stripe); }
 code { font-size: .88em; color: var(--accent); }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption { font-size: .85rem; color: var(--quiet); }
+figcaption { color: var(--quiet); }
 @media (max-width: 40rem) { body { font-size: 15px; } table { font-size: .8rem; }
   th, td { padding: .3rem .5rem; }
   td:first-child, th:first-child { min-width: 7.5rem; max-width: 42vw; } }
@@ -47,7 +51,7 @@ figcaption { font-size: .85rem; color: var(--quiet); }
   .table:first-of-type td { border: 0; position: static; padding: .1rem .6rem; }
   .table:first-of-type tr { border-bottom: 1px solid var(--line); padding: .4rem 0; }
   .table:first-of-type tr:nth-child(even) { background: var(--stripe); } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; }
+@media print { nav { display: none; } body { max-width: none; padding: 0; font-size: 10pt; }
   .table { overflow: visible; border: 0; } table { font-size: 7.5pt; }
   th, td { padding: .15rem .3rem; min-width: 0; } td:first-child, th:first-child { min-width: 0; }
   tr, figure { break-inside: avoid; } h2 { break-after: avoid; } }
@@ -113,10 +117,14 @@ def page(text, folder):
         return (f'<figure><img alt="{found[1]}" src="data:image/png;base64,{data}">'
                 f"<figcaption>{found[1]}</figcaption></figure>")
 
-    body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+    converter = markdown.Markdown(extensions=["tables", "sane_lists", "toc"],
+                                  extension_configs={"toc": {"toc_depth": "2-2", "marker": ""}})
+    heading, end, rest = converter.convert(text).partition("</h1>")
+    body = f"{heading}{end}<nav>{converter.toc}</nav>{rest}"
     body = body.replace("<table>", '<div class="table"><table>')
     body = body.replace("</table>", "</table></div>")
-    body = body.replace(" %", "&nbsp;%").replace("n = ", "n&nbsp;=&nbsp;")
+    body = body.replace(" %", "&nbsp;%")
+    body = re.sub(r"\b([np]) (=|&lt;) ", r"\1&nbsp;\2&nbsp;", body)
     body = IMAGE.sub(figure, body)
     title = plain(text.splitlines()[0].lstrip("# "))
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

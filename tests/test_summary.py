@@ -689,7 +689,8 @@ def test_text_of_the_user_breaks_out_of_no_table_and_no_page(tmp_path, odd):
     page = (tmp_path / "summary.html").read_text(encoding="utf-8")
     found = Cells(page)
     assert f"cifar10c {name.replace('_', ' ')} (CIFAR-10-C)" in map(str.strip, found.cells)
-    assert not {"script", "b", "em", "del", "a"} & set(found.tags)
+    assert not {"script", "b", "em", "del"} & set(found.tags)
+    assert not re.search('href="(?!#)', page)
     assert f"<title>Results on folder {html.escape(name)}</title>" in page
     for line in (tmp_path / "summary.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| cifar10c"):
@@ -706,14 +707,18 @@ def test_surrogates_of_a_record_do_not_cost_the_summary(tmp_path):
 
 def test_the_page_needs_no_other_file_and_leaves_out_missing_figures(tmp_path):
     (tmp_path / "there.png").write_bytes(b"\x89PNG")
-    text = "# A & B\n\n| a |\n| --- |\n| 1 |\n\n![there](there.png)\n\n![gone](gone.png)\n"
+    text = ("# A & B\n\n| a |\n| --- |\n| n = 1, p < 0.1 |\n\n## C & D\n\n![there](there.png)\n\n"
+            "![gone](gone.png)\n")
     pages.write(tmp_path / "page.html", text)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.findall('src="([^"]*)"', page) == ["data:image/png;base64,iVBORw=="]
     assert "gone" not in page and "<title>A &amp; B</title>" in page
     assert '<html lang="en">' in page and 'name="viewport"' in page
     assert '<div class="table"><table>' in page
-    assert not re.search(r'(href|src)="(?!data:)', page)
+    assert "n&nbsp;=&nbsp;1, p&nbsp;&lt;&nbsp;0.1" in page
+    (link,) = re.findall('<nav>.*href="#([^"]*)">C &amp; D</a>.*</nav>', page, re.DOTALL)
+    assert f'<h2 id="{link}">' in page
+    assert not re.search(r'(href|src)="(?!data:|#)', page)
 
 
 def test_without_markdown_only_the_page_is_missing(tmp_path, monkeypatch, capsys):
