@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # what `make run` and `make study` train on and how, for example:
 #   make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
 ARGS ?=
-PASSED_ON = $(filter --no-umap --compile,$(ARGS))# to part 2, which has the data from the checkpoint
+# of these, to part 2, which has the data from the checkpoint
+PASSED_ON = $(filter --no-umap --compile --device=% --umap-points=%,$(subst --device ,--device=,\
+	$(subst --umap-points ,--umap-points=,$(strip $(ARGS)))))
 RESULTS ?= results
 DEMO := --dataset digits --results-dir results/demo --epochs 6 --batch-size 32 --lr 0.05 \
 	--umap-points 100

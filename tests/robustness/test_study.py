@@ -79,6 +79,15 @@ def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study, 
     assert len(study("SEEDS=1", "ARGS=--epochs 6", "RESULTS=another")) == 12
 
 
+def test_the_arguments_of_part_2_reach_it(study):
+    args = "--epochs 5 --no-umap --device  cpu --compile --umap-points=50"
+    reached = "--no-umap --device=cpu --compile --umap-points=50"
+    (run,) = [c for c in study(f"ARGS={args}", goal="run") if c.startswith("part2")]
+    assert run.endswith(f"--results-dir results {reached}")
+    tested = [c for c in study(f"ARGS={args}", "SEEDS=1") if c.startswith("part2")]
+    assert len(tested) == 6 and all(c.endswith(f"5 {reached}") for c in tested)
+
+
 @pytest.mark.parametrize(("part", "script"), [("part3", "part3_augmented.py"),
                                               ("part4_proxies", "part4_angular.py")])
 def test_a_model_is_tested_after_part_1s_training_and_waits_for_nothing_else(study, part, script):
