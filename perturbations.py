@@ -6,10 +6,12 @@ All randomness comes from the generator; with a CPU generator the draws are the 
 one type on any device. Training calls it in float32 on its device, `perturb` in float64 on the CPU.
 
 Lengths (of a blur, a shift, a square) are in pixels of a 32 x 32 image and scale with the images'
-height: in 16 x 16 images they are half. Where CIFAR-10-C has a constant, it is taken from there
-(Hendrycks & Dietterich, ICLR 2019); the images are not, since ours are made on the fly. To add a
-perturbation, write a function under the decorator, which hands it `level`, severity - 1: tables and
-plots find it, and part 3 trains on it unless its family is held out.
+height: in 16 x 16 images they are half. Noise, Gaussian blur and JPEG have CIFAR-10-C's constants
+(Hendrycks & Dietterich, ICLR 2019), the others our own; so CIFAR-10-C's pixelate, for one, is much
+weaker (30 to 20 pixels a side). ± s has a random sign and 75 to 100 % of the size s (`signed`).
+
+To add a perturbation, write a function under the decorator, which hands it `level`, severity - 1:
+tables and plots find it, and part 3 trains on it unless its family is held out.
 """
 
 import functools
@@ -119,7 +121,7 @@ def speckle_noise(images, level, generator):
 
 @perturbation("blur")
 def gaussian_blur(images, level, generator):
-    """Gaussian blur; sigma in pixels."""
+    """Gaussian blur; sigma in pixels, up to 10 % more or less for each image."""
     sigma = pixels_of_32(images, (0.4, 0.6, 0.7, 0.8, 1.0)[level])
     sigma = sigma * uniform(images, generator, 1, 1, 1, low=0.9, high=1.1)
     reach = math.ceil(pixels_of_32(images, 3))
@@ -259,7 +261,9 @@ def posterize(images, level, generator):
 def warp(images, matrices, mode="bicubic"):
     """Samples the images at affinely mapped places; matrices (N,2,3) as torch's affine_grid takes.
 
-    Bicubic, since bilinear sampling blurs, and training must not see blur.
+    Bicubic, which blurs less than bilinear sampling, since blur is held out of training. It still
+    blurs a little: rotation leaves 85 to 89 % of the energy above a quarter of the sampling rate,
+    gaussian_blur 81 % at severity 1 and 44 % at 2 (500 test images).
     """
     device = images.device
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
@@ -301,7 +305,7 @@ def vertical_flip(images, level, generator):
 
 @perturbation("geometry")
 def rotation(images, level, generator):
-    """Turns about the center; degrees."""
+    """Turns about the center by ± s degrees."""
     angle = torch.deg2rad(signed(images, generator, (5, 10, 15, 22.5, 30)[level])).flatten()
     zero = torch.zeros_like(angle)
     rows = angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero
