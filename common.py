@@ -366,7 +366,7 @@ def shares_of(shares, families):
 
 
 class WeightAverage:
-    """The average of a model's weights, in which step t has a weight of t to the `power`.
+    """The average of a model's weights, in which step t has about the weight t to the `power`.
 
     A power of 12 gives half of the weight to the last twentieth of the steps, 3 to the last sixth
     (polynomial-decay averaging, Shamir & Zhang 2013).  As in stochastic weight averaging (Izmailov

@@ -38,7 +38,7 @@ def wilson_interval(correct, n, z=1.959964):
 def mcnemar(correct_a, correct_b):
     """Two-sided exact p-value of McNemar's test (1947) that two models err equally often.
 
-    correct_a, correct_b: booleans (N,) of the same images.  Returns a p-value in (0, 1].
+    correct_a, correct_b: booleans (N,) of the same images.  Returns a p-value in [0, 1].
     """
     from scipy.stats import binomtest
 

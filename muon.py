@@ -3,18 +3,18 @@
 import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the published coefficients
-ITERATIONS = 3  # published: 5; the best trial (benchmarks/recipes.md) had 3, which are faster
+ITERATIONS = 3  # published: 5, in airbench94_muon.py 3; so had the best trial (recipes.md)
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for the convolutions, SGD for every other parameter, both with Nesterov momentum.
 
     A convolution's weights are a matrix with a row for each output channel.  The singular values of
-    its momentum, a few large and many small ones, are all set to about 1: a step goes as far in the
-    directions of small gradients as in those of large ones.  The weights keep the norm of an
-    orthogonal matrix, so that lr is a step's length relative to them, and weight_decay an L2
-    penalty of the other parameters only.  This requires a BatchNorm after every convolution, which
-    undoes any scale of its weights.
+    its momentum, a few large and many small ones, are set to about 1, the smallest to less: a step
+    goes about as far in the directions of small gradients as in those of large ones.  The weights
+    keep the norm of an orthogonal matrix (as in Jordan's airbench94_muon.py), so that lr is a
+    step's length relative to them, and weight_decay an L2 penalty of the other parameters only.
+    This requires a BatchNorm after every convolution, which undoes any scale of its weights.
 
     dtype: of the matrix products; for float16, in which they would underflow, float32 is taken.
     The weights stay float32.

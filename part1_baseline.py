@@ -10,9 +10,9 @@ last layer) of images from both: the network was trained on none of them.
 images of a JPEG copy of CIFAR-10: 77.5 ± 0.1 %, mean and standard deviation of three trainings on
 three splits (results/reference).
 
-Writes results/part1.pt, .csv, .json, _history.csv, _correct.npz, and the figures _history.png,
-_confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all parts run so far:
-summary.html, summary.md, comparison.csv and comparison.png.
+Writes results/part1.pt, .csv, .json, _history.csv, _correct.npz, _state.pt (for --resume), and the
+figures _history.png, _confusion.png, _umap.png (coordinates: _umap.npz); then the comparison of all
+parts run so far: summary.html, summary.md, comparison.csv and comparison.png.
 """
 
 import arguments

@@ -10,10 +10,10 @@ class whose mean training embedding has the highest cosine to the image's.
 15 epochs, as long as part 1. Accuracy on the 10,000 test images of a JPEG copy of CIFAR-10: 75.9 ±
 0.3 %, mean and standard deviation of three trainings on three splits (results/reference).
 
-The paper draws N-pair batches: one pair of images of each of N classes, and as negatives one image
-of every other class. Here batches are class-balanced (with 10 classes six images of each: 60 where
-part 1 has 64, so more steps per epoch), every pair within a class is a positive pair, and all
-images of other classes are negatives.
+The paper draws N-pair batches, of two images of each class. Here batches are class-balanced (with
+10 classes six images of each: 60 where part 1 has 64, so more steps per epoch), every pair within a
+class is a positive pair, and all images of other classes are negatives. The loss has no label
+smoothing, which part 1's has.
 
 Writes what parts 1 and 2 write, as results/part4* and results/part4_robustness*, whatever the
 --loss (part4_proxies*, part4_augmented* and so on with these flags).
@@ -230,9 +230,10 @@ class ProxyAngularLoss:
 class MarginLoss:
     """Cross-entropy of scaled cosines to learned proxies, the head's means, with a margin.
 
-    arcface (Deng et al. 2019): cos(θ + m).  cosface (Wang et al. 2018): cos θ - m.  sphereface (Liu
-    et al. 2017, with SphereFace-R's characteristic function): cos(min(m θ, π)), and the embedding's
-    own length as the scale.  Creating the loss initializes the proxies.
+    arcface (Deng et al. 2019): cos(min(θ + m, π)).  cosface (Wang et al. 2018): cos θ - m.
+    sphereface (Liu et al. 2017, with the characteristic function of SphereFace-R, Liu et al. 2022):
+    cos(min(m θ, π)), and the embedding's own length as the scale.  Creating the loss initializes
+    the proxies.
     """
 
     def __init__(self, kind, head, margin, scale, label_smoothing=arguments.LABEL_SMOOTHING):
