@@ -36,7 +36,7 @@ def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
 
     images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; with `targeted` the
     target classes.  eps: in pixel units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in
-    [0,1], detached; the model's mode and gradients stay as they were.
+    [0,1], detached, not rounded to 8 bits; the model's mode and gradients stay as they were.
     """
     images = images.float()
     step = fgsm_direction(model, images, labels, norm, targeted)

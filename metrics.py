@@ -169,7 +169,8 @@ def probe_predict(train_features, train_labels, features, l2=1e-3):
 def silhouette(features, labels):
     """Mean silhouette width (Rousseeuw 1987) of features (N,D) under classes (N,), in [-1, 1].
 
-    nan where there is none: fewer than two classes, or every image a class of its own.
+    By Euclidean distance (k-NN goes by cosine).  nan where there is none: fewer than two classes,
+    or every image a class of its own.
     """
     from sklearn.metrics import silhouette_score
 
