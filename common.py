@@ -51,7 +51,7 @@ META = {"part": str, "weights": str, "args": dict, "dataset": str, "classes": li
 
 
 def pick_device(name):
-    """The torch.device that `name` stands for, cuDNN set. Raises UsageError if there is none."""
+    """The torch.device that `name` stands for; sets how it computes. Raises UsageError for none."""
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -67,6 +67,7 @@ def pick_device(name):
                          " try --device auto") from None
     torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
     torch.backends.cudnn.allow_tf32 = False  # without --amp, float32 is meant
+    torch.backends.cuda.matmul.allow_tf32 = False  # as by default, but not in NVIDIA's containers
     return device
 
 

@@ -125,6 +125,7 @@ def test_each_gpu_is_asked_for_its_own_precision(monkeypatch):
 
 def test_float32_on_a_gpu_is_not_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
     common.pick_device("cpu")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
