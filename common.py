@@ -64,7 +64,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
     except Exception as error:  # a device's module may not even be importable
         raise UsageError(f"--device {name}: not usable on this machine ({first_line(error)[:100]});"
-                         " try --device auto") from None
+                         " try --device cpu") from None
     torch.backends.cudnn.benchmark = True  # nearly every batch has the same shape
     torch.backends.cudnn.allow_tf32 = False  # without --amp, float32 is meant
     torch.backends.cuda.matmul.allow_tf32 = False  # as by default, but not in NVIDIA's containers

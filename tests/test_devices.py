@@ -131,6 +131,16 @@ def test_float32_on_a_gpu_is_not_tf32(monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_a_gpu_that_cannot_be_used_leaves_the_cpu(monkeypatch):
+    def no_kernel(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", no_kernel)
+    with pytest.raises(arguments.UsageError, match="no kernel image.*try --device cpu"):
+        common.pick_device("auto")  # so "try --device auto" would be no way out
+
+
 def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
     def measured_anew(device):
         raise AssertionError("measured anew")
