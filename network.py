@@ -40,7 +40,10 @@ class Model(nn.Module):
 
     def outputs(self, images):
         """The backbone's last layer: logits in parts 1 and 3, the embedding (B,D) in part 4."""
-        return self.backbone((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        if images.device.type == "mps":  # in older versions of torch, BatchNorm's gradients are
+            images = images.contiguous()  # wrong there for channels_last (pytorch#175189)
+        return self.backbone(images)
 
     def forward(self, images):
         return self.head(self.outputs(images))

@@ -119,6 +119,22 @@ def test_images_lie_side_by_side_on_a_cpu_alone(monkeypatch):
     assert elsewhere.shape == (2, 5, 4, 4)
 
 
+class OnMps(torch.Tensor):
+    """Says that it is on an Apple GPU, whose BatchNorm is wrong for channels_last."""
+
+    device = torch.device("mps")
+
+
+@pytest.mark.parametrize(("images", "contiguous"), [(OnMps, True), (torch.Tensor, False)])
+def test_an_apple_gpu_gets_contiguous_images(small_model, images, contiguous):
+    seen = []
+    hook = small_model.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with hook, torch.no_grad():
+        small_model(common.to_float(torch.ones(2, 3, 16, 16)).as_subclass(images))
+    assert seen[0].device.type == ("mps" if contiguous else "cpu")
+    assert seen[0].is_contiguous() == contiguous
+
+
 def test_weights_do_not_depend_on_the_processor(monkeypatch):
     hashes = set()
     for amx in (False, True):
