@@ -156,11 +156,13 @@ def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
     assert args.amp == "off"
 
 
-def test_nor_does_any_perturbation_of_the_training_data():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(24, 3, 32, 32)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_nor_does_any_perturbation_of_the_training_data(device):
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.rand(24, 3, 32, 32, device=device)
+    context = gpu_sync_is_an_error if device == "cuda" else NoSync
     for step in range(40):  # every member of every family that is trained on, at several severities
-        with NoSync():
+        with context():
             part3_augmented.augment(images, generator, step)
 
 
@@ -191,8 +193,10 @@ def test_a_compiled_backbone_keeps_the_names_of_its_weights(monkeypatch):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_no_step_synchronizes_on_the_gpu(name, steps_in, tmp_path):
     part, flags = TRAININGS[name]
+    amp = common.fastest_precision(torch.device("cuda"))
+    amp = "off" if amp == "fp16" else amp  # torch's GradScaler waits in every step
     steps_in(gpu_sync_is_an_error)
-    part.main([*QUICK, *flags, "--device", "cuda", "--results-dir", str(tmp_path)])
+    part.main([*QUICK, *flags, "--device", "cuda", "--amp", amp, "--results-dir", str(tmp_path)])
 
 
 @needs_gpu
@@ -245,4 +249,7 @@ def test_all_parts_run_and_resume_on_the_gpu(tmp_path, amp, monkeypatch, capsys)
 
 @needs_gpu
 def test_compiled_on_the_gpu(tmp_path):
-    part1_baseline.main([*QUICK, "--device", "cuda", "--compile", "--results-dir", str(tmp_path)])
+    flags = ["--device", "cuda", "--compile", "--no-umap", "--results-dir", str(tmp_path)]
+    part1_baseline.main([*QUICK, *flags])
+    part2_robustness.main(["--checkpoint", str(tmp_path / "part1.pt"), *flags])
+    assert (tmp_path / "part2.csv").exists()
