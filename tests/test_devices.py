@@ -200,6 +200,17 @@ def test_no_step_synchronizes_on_the_gpu(name, steps_in, tmp_path):
 
 
 @needs_gpu
+@pytest.mark.parametrize(("compute", "shapes"), [
+    (torch.conv2d, [(8, 64, 8, 8), (64, 64, 3, 3)]), (torch.matmul, [(512, 512), (512, 512)])])
+def test_float32_on_the_gpu_has_all_its_bits(compute, shapes):
+    device = common.pick_device("cuda")
+    factors = [torch.randn(shape).to(device) for shape in shapes]
+    exact = compute(*[factor.double() for factor in factors])
+    error = (compute(*factors) - exact).abs().max() / exact.abs().max()
+    assert error < 5e-5  # 3e-4 in TF32
+
+
+@needs_gpu
 def test_split_predictions_and_attack_are_the_same_on_the_gpu(photos, small_model):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert (common.split_data(common.load_data("digits", "data", cpu), 0.2, 0).hash
