@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 # ---- intervals and tests ------------------------------------------------------------------------
 
+SIX_DIGITS = 1.5e-6  # what rounding accuracies to six digits, as tables do, can make of a spread
+
 
 def percent(value, sign=""):
     """A fraction as text: percent, one decimal; half of that away from zero, as floats may not do.
@@ -74,17 +76,18 @@ def paired_difference(ours, theirs):
     """The Difference `ours - theirs` of a measure over n pairs (Student's t, n - 1 degrees).
 
     ours, theirs: (n,) numbers, entry i of both from the same split and seed, or image.  With one
-    pair, or if all differences are the same to rounding, the spread is unknown: unbounded interval,
-    p of 1.
+    pair, or if all differences are the same but for a table's rounding, the spread is unknown:
+    unbounded interval, p of 1.
     """
     from scipy.stats import t
 
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     n = len(differences)
     mean = float(differences.mean())
-    error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    if error < 1e-12:
+    spread = float(differences.std(ddof=1)) if n > 1 else 0.0
+    if spread < SIX_DIGITS:
         return Difference(mean, -math.inf, math.inf, 1.0, n)
+    error = spread / math.sqrt(n)
     half = float(t.ppf(0.975, n - 1)) * error
     p_value = float(2 * t.sf(abs(mean) / error, n - 1))
     return Difference(mean, mean - half, mean + half, p_value, n)

@@ -77,6 +77,18 @@ def test_paired_difference_without_a_spread_tells_nothing(ours, theirs):
     assert (found.low, found.high, found.p_value) == (-math.inf, math.inf, 1)
 
 
+@pytest.mark.parametrize("trainings", [2, 3, 5])
+def test_the_same_difference_in_images_is_no_spread_of_six_digits(trainings):
+    """Of 364 images 5 more are right in every training; only the sixth digit of that differs."""
+    for first in range(300):
+        theirs = [first + 7 * i for i in range(trainings)]
+        ours = [float(f"{(count + 5) / 364:.6g}") for count in theirs]
+        found = metrics.paired_difference(ours, [float(f"{count / 364:.6g}") for count in theirs])
+        assert (found.low, found.high, found.p_value) == (-math.inf, math.inf, 1)
+    found = metrics.paired_difference([0.7, 0.700005], [0.6, 0.6])  # one of 200,000 images
+    assert math.isfinite(found.low) and found.p_value < 1e-4
+
+
 def test_calibration_error_by_hand():
     # Between 12/15 and 13/15 one image is right and one is wrong; on each side one is right:
     # (|1-.79| + |1-.81 + 0-.86| + |1-.87|) / 4. Another number of bins parts them elsewhere.
