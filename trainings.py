@@ -173,7 +173,10 @@ def check_data(studies):
                 if found != expected:
                     raise UsageError(f"{other} has {what} {expected}, {study.folder} {found}; "
                                      "expected one data set")
-            for condition, pixels in part.pixels.items():  # the same in every part and training
+            images = dict(part.pixels)
+            if any(condition.startswith("cifar10c") for _, condition, _ in part.accuracies):
+                images["CIFAR-10-C"] = comparison.published(part)
+            for condition, pixels in images.items():  # the same in every part and training
                 tested = f"{part.name} in {study.folder}"
                 other, expected = known.setdefault(condition, (tested, pixels))
                 if pixels != expected:

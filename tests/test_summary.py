@@ -1037,6 +1037,21 @@ def test_trainings_tested_on_other_files_of_cifar10c_are_refused(tmp_path):
         trainings.compare_trainings(folders)
 
 
+@pytest.mark.parametrize("other", ["b", None])  # None: of a record that does not name the files
+def test_parts_tested_on_other_files_of_cifar10c_are_not_compared_over_trainings(tmp_path, other):
+    folders = []
+    for seed, gain in ((0, 0.200), (1, 0.203)):
+        folders.append(training(tmp_path, seed, {CLEAN: 0.5}, {CLEAN: 0.6}))
+        for name, part, accuracy, files in (("part2", "part1", 0.3, "a"),
+                                            ("part3_robustness", "part3", 0.3 + gain, other)):
+            run = run_of(folders[-1], name, part, f"{seed:011x}{part[-1]}", seed, f"{seed:012x}")
+            if files:
+                run.versions["CIFAR-10-C"] = files
+            write(run, {("test", "cifar10c fog", "3"): accuracy})
+    with pytest.raises(UsageError, match="part1 in .* and part3 in .* images under CIFAR-10-C"):
+        trainings.compare_trainings(folders)
+
+
 def test_perturbations_that_not_all_have_are_told_with_no_mean_left(tmp_path):
     ours, theirs = {CLEAN: 0.7} | perturbed(rotation=0.5), {CLEAN: 0.7} | perturbed(cutout=0.5)
     folders = [training(tmp_path, 0, ours, theirs), training(tmp_path, 1, ours, theirs)]
