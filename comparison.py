@@ -320,14 +320,14 @@ def other_pixels(ours, theirs, key):
 def right(part, key):
     """Which images are classified right, booleans (n,); None where no file says it.
 
-    key: (split, condition, severity).  An array that does not give the table's accuracy belongs to
-    another run and is ignored.
+    key: (split, condition, severity).  An array that does not give the table's accuracy, which has
+    six digits, belongs to another run and is ignored.
     """
     row = part.accuracies.get(key)
     images = part.correct.get("/".join(key))
     if row is None or images is None or len(images) != row["n"]:
         return None
-    return images if abs(images.mean() - row["value"]) < 1e-5 else None
+    return images if abs(images.mean() - row["value"]) < 1e-6 else None
 
 
 def verdict(p_holm, difference):

@@ -598,6 +598,16 @@ def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
 
 
+def test_one_image_of_many_too_many_is_no_evidence(tmp_path):
+    n = 200_000
+    for name, weights, accuracy in (("part1", A, 0.7), ("part3", B, 0.71)):
+        write(run_of(tmp_path, name, name, weights), {CLEAN: accuracy}, n=n)
+    assert verdicts_of(tmp_path)["clean", ""]["verdict"] == "better"
+    run = run_of(tmp_path, "part3", "part3", B)
+    report.write_correct(run, {"test/clean/": np.arange(n) < 142_001})
+    assert "not known" in verdicts_of(tmp_path)["clean", ""]["verdict"]
+
+
 def test_a_parts_own_images_count_before_part_2s(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
     write(run_of(tmp_path, "part2", "part1"), {CLEAN: 0.7} | perturbed(rotation=0.5), order=9)
