@@ -164,13 +164,18 @@ def read_part(folder, name, part1, left_out):
     records = {}
     pixels = {}
     made_on = "that no file names"
-    for file in (robustness, name):  # the part's own images replace part 2's
+    for file, rows in ((robustness, part2), (name, own)):  # the part's own images replace part 2's
         images = report.read_correct(folder, file)
         if images and same(f"{file}_correct.npz", images.weights):
-            correct |= images.images
-            if file == robustness:
-                made_on = images.part1
-                pixels = images.pixels
+            other = unlike(images.images, rows)
+            if other:
+                left_out.append(f"{file}_correct.npz: of another run than {file}.csv, since it "
+                                f"gives another accuracy ({other})")
+            else:
+                correct |= images.images
+                if file == robustness:
+                    made_on = images.part1
+                    pixels = images.pixels
         record = report.read_record(folder, file)
         if record and same(f"{file}.json", record["weights"]):
             records[file] = record
@@ -193,6 +198,23 @@ def accuracies_of(rows):
         if (row["head"], row["metric"]) == ("own", "accuracy"):
             found.setdefault((row["split"], row["condition"], row["severity"]), row)
     return found
+
+
+def unlike(images, rows):
+    """The first condition whose images right do not give the table's accuracy, or "".
+
+    One is enough to tell another run: of the rest, one in a thousand has the same accuracy.
+    """
+    for key, row in accuracies_of(rows).items():
+        array = images.get("/".join(key))
+        if array is not None and not gives(array, row):
+            return " ".join(key).strip()
+    return ""
+
+
+def gives(array, row):
+    """Whether booleans (n,) give the accuracy of a row, which has six digits."""
+    return len(array) == row["n"] and abs(array.mean() - row["value"]) < 1e-6
 
 
 def rows_of_part(folder, file, name, left_out):
@@ -320,14 +342,12 @@ def other_pixels(ours, theirs, key):
 def right(part, key):
     """Which images are classified right, booleans (n,); None where no file says it.
 
-    key: (split, condition, severity).  An array that does not give the table's accuracy, which has
-    six digits, belongs to another run and is ignored.
+    key: (split, condition, severity).  An array that does not give the table's accuracy is ignored:
+    without a part's own file there is part 2's, by other batches, which may differ in a few images.
     """
     row = part.accuracies.get(key)
     images = part.correct.get("/".join(key))
-    if row is None or images is None or len(images) != row["n"]:
-        return None
-    return images if abs(images.mean() - row["value"]) < 1e-6 else None
+    return images if row and images is not None and gives(images, row) else None
 
 
 def verdict(p_holm, difference):

@@ -598,6 +598,21 @@ def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
 
 
+def test_images_of_another_run_are_no_evidence_where_they_happen_to_give_the_accuracy(tmp_path):
+    both = {"rotation": 0.6, "jpeg": 0.5}, {"rotation": 0.5, "jpeg": 0.4}
+    two_parts(tmp_path, *both)
+    assert verdicts_of(tmp_path)["rotation", "3"]["verdict"] == "better"
+    run = run_of(tmp_path, "part3_robustness", "part3", B)
+    report.write_correct(run, {"test/rotation/3": np.arange(N) >= N - 600,  # 600, but of others
+                               "test/jpeg/3": np.arange(N) < 501}, A, {"test/rotation/3": "x"})
+    part = comparison.read_study(tmp_path).parts["part3"]
+    assert not part.pixels and "test/rotation/3" not in part.correct
+    assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
+    assert verdicts_of(tmp_path)["clean", ""]["verdict"] == "no difference shown"  # its own file
+    assert ("- part3_robustness_correct.npz: of another run than part3_robustness.csv, since it "
+            "gives another accuracy (test jpeg 3)") in text_of(tmp_path)
+
+
 def test_one_image_of_many_too_many_is_no_evidence(tmp_path):
     n = 200_000
     for name, weights, accuracy in (("part1", A, 0.7), ("part3", B, 0.71)):
