@@ -49,6 +49,17 @@ def number(kind, low, high, low_open=False):
     return parse
 
 
+def path(text):
+    """An argparse type: a file or folder, ~ as the shell has it, which leaves it in --flag=~/x."""
+    if not text.strip():  # of a variable that is not set; as a path it would be this folder
+        raise argparse.ArgumentTypeError("the path is empty; give one, such as . for this folder")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"no home folder is known for {text!r}; write it out, or "
+                                         f"give {f'./{text}'!r} for a name that begins so")
+    return expanded
+
+
 def new_parser(file, description):
     """The parser of the script `file`; prints every default, and its docstring as it is."""
 
@@ -65,8 +76,8 @@ def add_shared(parser):
     add("--dataset", choices=DATASETS, default="cifar10",
         help="cifar10: torchvision's, found or downloaded; folder: DATA_DIR/{train,test}/CLASS/**; "
              "digits: scikit-learn's, offline, for demonstration")
-    add("--data-dir", default="data", help="where the data set is, or is downloaded to")
-    add("--results-dir", default="results", help="where every file is written")
+    add("--data-dir", type=path, default="data", help="where the data set is, or is downloaded to")
+    add("--results-dir", type=path, default="results", help="where every file is written")
     add("--train-fraction", type=number(float, 0, 1, low_open=True), default=0.2,
         help="share of each class's training images that is trained on; the rest is the "
              "evaluation split")

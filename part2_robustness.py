@@ -48,12 +48,13 @@ def parse_args(argv=None):
     parser = arguments.new_parser(__file__, __doc__)
     arguments.add_shared(parser)
     add = parser.add_argument_group("part 2").add_argument
-    add("--checkpoint", default="results/part1.pt", help="a checkpoint that a training part wrote")
+    add("--checkpoint", type=arguments.path, default="results/part1.pt",
+        help="a checkpoint that a training part wrote")
     add("--perturbations", nargs="+", default=["all"], metavar="NAME",
         help="names from perturbations.py, or all")
     add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="N",
         help="severities to test, 1 to 5, for perturbations that have one")
-    add("--cifar10c", metavar="DIR",
+    add("--cifar10c", type=arguments.path, metavar="DIR",
         help="also test on CIFAR-10-C: the folder of its <corruption>.npy and labels.npy")
     add("--eps-255", nargs="+", type=arguments.number(float, 0, 15_000),  # L2: all pixels 14,134
         default=[0, 1, 2, 4, 8, 16], metavar="EPS",

@@ -296,5 +296,6 @@ def compare(folder):
 
 if __name__ == "__main__":
     parser = arguments.new_parser(__file__, __doc__)
-    parser.add_argument("folder", nargs="+", help="results directories, one for each training")
+    parser.add_argument("folder", nargs="+", type=arguments.path,
+                        help="results directories, one for each training")
     arguments.run(lambda: compare_trainings(parser.parse_args().folder))

@@ -132,6 +132,8 @@ def wrong_command_lines():
         found += [(script, list(words), 2, words[0]) for words in EVERYWHERE]
         found.append((script, ["--results-dir", "{top}/file"], 1, "file"))
         found.append((script, ["--results-dir", "a\udcffb"], 2, "is not text"))
+        found.append((script, ["--results-dir", ""], 2, "--results-dir: the path is empty"))
+        found.append((script, ["--data-dir=~nobody-here/x"], 2, "--data-dir: no home folder"))
         found.append((script, ["--data-dir", "a\0b"], 2, "is not text"))
     found += [("part4_angular", list(words), 2, words[0]) for words in PART4]
     found.append(("part4_angular", ["--loss", "sphereface", "--margin", "0.5"], 2, "--margin: sph"))

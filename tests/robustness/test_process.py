@@ -9,6 +9,7 @@ import sys
 import checkpoints
 import common
 import part1_baseline
+import part2_robustness
 import part3_augmented
 import part4_angular
 import report
@@ -112,6 +113,20 @@ def test_the_recorded_command_pasted_into_a_shell_gives_the_same_arguments(
     assert vars(again) == vars(part3_augmented.parse_args(argv))
     _, meta = common.load_checkpoint(tmp_path / folder / "part3.pt", "cpu")
     assert meta["command"] == command
+
+
+def test_home_is_meant_by_a_tilde_that_the_shell_leaves(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = ["--data-dir=~/data", "--results-dir=~", "--checkpoint=~/a.pt", "--cifar10c=~/c"]
+    args = part2_robustness.parse_args(argv)
+    found = args.data_dir, args.results_dir, args.checkpoint, args.cifar10c
+    assert found == tuple(str(tmp_path / name) for name in ("data", "", "a.pt", "c"))
+    assert shlex.split(args.command)[2:] == argv
+    args = part3_augmented.parse_args(["--results-dir=./~x", "--data-dir", "a~b"])
+    assert (args.results_dir, args.data_dir) == ("./~x", "a~b")
+    code, _, error = script("summary", "~/a", "~/b", narrow=False)
+    assert code == 2
+    assert f"{tmp_path}/a holds no results" in error.decode()
 
 
 def test_arguments_need_not_be_text_in_a_notebook(narrow, tree, tmp_path):
