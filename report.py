@@ -423,9 +423,13 @@ def resume(run, state, generator):
 
 
 def end_epoch(run, history, state, generator):
-    """Saves the training's state and the table of its epochs so far."""
+    """Saves the training's state."""
     checkpoints.save_state(run.path("_state.pt"), run.identity, len(history), history, state,
                            generator, run.versions)
+
+
+def write_history(run, history):
+    """Writes the table of a training's epochs; at its end, since an earlier one may be there."""
     rows = []
     for values in history:
         whose = {"dataset": run.dataset, "seed": run.seed, "eval_n": values["eval_n"]}
@@ -483,6 +487,7 @@ def finish(run, model, predictions, history, repeated):
     write_correct(run, {
         "evaluation/clean/": correct(evaluation.logits.argmax(1), evaluation.labels),
         "test/clean/": correct(test.logits.argmax(1), test.labels)})
+    write_history(run, history)
     panels = []
     for split, title in (("evaluation", "evaluation split, clean"), ("test", "test set, clean")):
         some = common.evenly_spaced(run.sizes[split], run.args["umap_points"])

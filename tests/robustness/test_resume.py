@@ -295,6 +295,20 @@ def test_a_run_stopped_while_it_draws_leaves_no_earlier_figure(narrow, tree, min
     assert (mine / "part1_umap of mine.png").exists()
 
 
+@pytest.mark.parametrize(("module", "name"), [(common, "predict_splits"), (report, "write_rows")])
+def test_the_table_of_epochs_is_of_the_training_whose_table_is_beside_it(
+        narrow, tree, mine, monkeypatch, module, name):
+    before = (mine / "part1_history.csv").read_bytes()
+    argv = on_tree(tree, mine, "--seed", 7)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(module, name, interrupt)
+        assert call("part1_baseline", argv)[0] == 130
+    assert (mine / "part1_history.csv").read_bytes() == before
+    assert read(mine / "part1.csv")[0]["seed"] == "0"
+    assert call("part1_baseline", [*argv, "--resume"])[0] == 0
+    assert [row["seed"] for row in read(mine / "part1_history.csv")] == ["7"]
+
+
 def test_part_2_says_that_it_replaces_a_table_of_other_weights(narrow, tree, mine, tmp_path):
     other = tmp_path / "other"
     assert call("part1_baseline", on_tree(tree, other, "--lr", 0.003))[0] == 0
