@@ -70,15 +70,17 @@ def unpack_cifar10(data_dir):
     incoming = data_dir / ".cifar10-incoming"  # ours: what is cut off is not taken for the data
     if folder.exists():  # another run was first
         return
-    if not archive.exists():
-        CIFAR10(incoming, download=True)
-    elif check_integrity(str(archive), CIFAR10.tgz_md5):
-        extract_archive(str(archive), str(incoming))
-    else:
-        raise ValueError(f"{archive} is incomplete or damaged, its MD5 is not CIFAR-10's: remove "
-                         "or replace it")
-    (incoming / CIFAR10.base_folder).replace(folder)
-    shutil.rmtree(incoming)
+    try:
+        if not archive.exists():
+            CIFAR10(incoming, download=True)
+        elif check_integrity(str(archive), CIFAR10.tgz_md5):
+            extract_archive(str(archive), str(incoming))
+        else:
+            raise ValueError(f"{archive} is incomplete or damaged, its MD5 is not CIFAR-10's: "
+                             "remove or replace it")
+        (incoming / CIFAR10.base_folder).replace(folder)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
 
 
 def folder(data_dir):
