@@ -436,10 +436,8 @@ def finish(args, run, tested, attacked, part1):
     panels = [*tested.panels, panel]
     measured = report.umap_rows(run, panels)
     rows = [*tested.rows, *attacked.rows, *measured]
-    report.remove_figures(run, report.ROBUSTNESS_FIGURES)
-    report.write_record(run)
-    report.write_rows(run.path(".csv"), rows)
-    report.write_correct(run, tested.correct | attacked.correct, checkpoints.weights_hash(part1),
+    report.write_results(run, {".csv": rows}, report.ROBUSTNESS_FIGURES,
+                         tested.correct | attacked.correct, checkpoints.weights_hash(part1),
                          tested.pixels)
     strongest = f"Perturbations at severity {max(args.severities)}"
     failed = [check.name for check in attacked.audit if not check.passed]

@@ -283,9 +283,9 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_record(run):
+def write_record(path, run):
     """Writes the run as JSON: its command, arguments, versions, weights."""
-    write_text(run.path(".json"), json.dumps(run.record(), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(run.record(), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_record(folder, name):
@@ -372,9 +372,9 @@ class Correct(NamedTuple):
     pixels: dict  # of perturbed images: {"split/condition/severity": hash of their pixels}
 
 
-def write_correct(run, images, part1="none", pixels=None):
+def write_correct(path, run, images, part1="none", pixels=None):
     """Writes a Correct as .npz, complete or not at all."""
-    with checkpoints.atomic(run.path("_correct.npz")) as temporary:
+    with checkpoints.atomic(path) as temporary:
         np.savez_compressed(temporary, weights=run.weights, part1=part1,
                             pixels=json.dumps(pixels or {}), **images)
 
@@ -428,15 +428,6 @@ def end_epoch(run, history, state, generator):
                            generator, run.versions)
 
 
-def write_history(run, history):
-    """Writes the table of a training's epochs; at its end, since an earlier one may be there."""
-    rows = []
-    for values in history:
-        whose = {"dataset": run.dataset, "seed": run.seed, "eval_n": values["eval_n"]}
-        rows.append(whose | values)
-    write_rows(run.path("_history.csv"), rows)
-
-
 def retire(run):
     """Removes part 2's results of a part's earlier weights, by their exact names, and says so."""
     name = robustness_name(run.part)
@@ -452,6 +443,23 @@ def retire(run):
         endings = ROBUSTNESS_FILES if tested else ("_state.pt",)
         checkpoints.remove([run.folder / f"{name}{ending}" for ending in endings],
                            f"as results of earlier weights {', '.join(sorted(tested | begun))}")
+
+
+def write_results(run, tables, figures, images, part1="none", pixels=None):
+    """Writes the run's record, tables {ending: rows} and Correct; removes an earlier run's figures.
+
+    All is written before anything is replaced or removed: a full disk leaves what was there.
+    """
+    with contextlib.ExitStack() as at_the_end:
+
+        def temporary(ending):
+            return at_the_end.enter_context(checkpoints.atomic(run.path(ending)))
+
+        write_record(temporary(".json"), run)
+        write_correct(temporary("_correct.npz"), run, images, part1, pixels)
+        for ending, rows in tables.items():
+            write_rows(temporary(ending), rows)
+        remove_figures(run, figures)
 
 
 def remove_figures(run, endings):
@@ -482,12 +490,7 @@ def finish(run, model, predictions, history, repeated):
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
         "outputs": model.n_outputs, "head": head, "epoch": len(history),
         "metrics": headline(rows)})
-    write_record(run)
     test, evaluation = predictions["test"], predictions["evaluation"]
-    write_correct(run, {
-        "evaluation/clean/": correct(evaluation.logits.argmax(1), evaluation.labels),
-        "test/clean/": correct(test.logits.argmax(1), test.labels)})
-    write_history(run, history)
     panels = []
     for split, title in (("evaluation", "evaluation split, clean"), ("test", "test set, clean")):
         some = common.evenly_spaced(run.sizes[split], run.args["umap_points"])
@@ -496,8 +499,11 @@ def finish(run, model, predictions, history, repeated):
         panels.append(Panel(title, split, "clean", "", features, labels, features))
     measured = umap_rows(run, panels)
     rows += measured
-    remove_figures(run, FIGURES)
-    write_rows(run.path(".csv"), rows)
+    epochs = [{"dataset": run.dataset, "seed": run.seed, "eval_n": values["eval_n"]} | values
+              for values in history]
+    write_results(run, {".csv": rows, "_history.csv": epochs}, FIGURES, {
+        "evaluation/clean/": correct(evaluation.logits.argmax(1), evaluation.labels),
+        "test/clean/": correct(test.logits.argmax(1), test.labels)})
     retire(run)
     plots.history(run.path("_history.png"), history, run, headline(rows)["evaluation"])
     plots.confusion(run.path("_confusion.png"), test.logits.argmax(1), test.labels, run)

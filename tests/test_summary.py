@@ -50,8 +50,8 @@ def write(run, accuracies, order=0, part1="none", n=N, extra=()):
     for metric, value in extra:
         rows.append(report.row(run, "test", "fgsm", "", "own", metric, value, n))
     report.write_rows(run.path(".csv"), rows)
-    report.write_record(run)
-    report.write_correct(run, images, part1)
+    report.write_record(run.path(".json"), run)
+    report.write_correct(run.path("_correct.npz"), run, images, part1)
 
 
 def perturbed(**accuracies):
@@ -594,7 +594,7 @@ def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, ke
 def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
     two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
     run = run_of(tmp_path, "part3_robustness", "part3", B)
-    report.write_correct(run, {"test/rotation/3": np.arange(N) < 601}, A)
+    report.write_correct(run.path("_correct.npz"), run, {"test/rotation/3": np.arange(N) < 601}, A)
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
 
 
@@ -603,8 +603,9 @@ def test_images_of_another_run_are_no_evidence_where_they_happen_to_give_the_acc
     two_parts(tmp_path, *both)
     assert verdicts_of(tmp_path)["rotation", "3"]["verdict"] == "better"
     run = run_of(tmp_path, "part3_robustness", "part3", B)
-    report.write_correct(run, {"test/rotation/3": np.arange(N) >= N - 600,  # 600, but of others
-                               "test/jpeg/3": np.arange(N) < 501}, A, {"test/rotation/3": "x"})
+    images = {"test/rotation/3": np.arange(N) >= N - 600,  # 600, but of others
+              "test/jpeg/3": np.arange(N) < 501}
+    report.write_correct(run.path("_correct.npz"), run, images, A, {"test/rotation/3": "x"})
     part = comparison.read_study(tmp_path).parts["part3"]
     assert not part.pixels and "test/rotation/3" not in part.correct
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
@@ -619,7 +620,7 @@ def test_one_image_of_many_too_many_is_no_evidence(tmp_path):
         write(run_of(tmp_path, name, name, weights), {CLEAN: accuracy}, n=n)
     assert verdicts_of(tmp_path)["clean", ""]["verdict"] == "better"
     run = run_of(tmp_path, "part3", "part3", B)
-    report.write_correct(run, {"test/clean/": np.arange(n) < 142_001})
+    report.write_correct(run.path("_correct.npz"), run, {"test/clean/": np.arange(n) < 142_001})
     assert "not known" in verdicts_of(tmp_path)["clean", ""]["verdict"]
 
 
@@ -1241,7 +1242,8 @@ def test_trainings_tested_on_other_pixels_are_refused(tmp_path):
         folders.append(training(tmp_path, seed, {CLEAN: 0.7} | perturbed(rotation=0.6)))
         found = report.read_correct(folders[-1], "part2")
         run = run_of(folders[-1], "part2", "part1", found.weights)
-        report.write_correct(run, found.images, found.part1, {"test/rotation/3": pixels})
+        report.write_correct(run.path("_correct.npz"), run, found.images, found.part1,
+                             {"test/rotation/3": pixels})
     trainings.compare_trainings(folders[:2])
     said = "part1 in .*seed1 and part1 in .*seed3 .* test/rotation/3"
     with pytest.raises(UsageError, match=said):

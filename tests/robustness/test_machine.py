@@ -1,8 +1,10 @@
 """What the machine does to a run: no locks, no rights, a full disk, no memory, Ctrl-C, a pipe."""
 
 import errno
+import itertools
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,8 +145,14 @@ def fill_disk_at(monkeypatch, number):
     honest = os.fsync
     written = []
 
+    safe = set()
+
     def fsync(file):
-        written.append(os.readlink(f"/proc/self/fd/{file if type(file) is int else file.fileno()}"))
+        info = os.fstat(file)
+        if (info.st_ino, info.st_mtime_ns) in safe:  # nothing was written to it since
+            return None
+        written.append(os.readlink(f"/proc/self/fd/{file}"))
+        safe.add((info.st_ino, info.st_mtime_ns))
         if len(written) > number:
             raise failure(errno.ENOSPC)
         return honest(file)
@@ -196,6 +204,28 @@ def test_a_full_disk_at_any_write_is_one_sentence_and_earlier_results_stand(
     assert ended > 3
     code, error, _ = call(name, argv)  # with room again all is well
     assert code == 0, error
+
+
+@pytest.mark.parametrize("name", ["part1_baseline", "part2_robustness"])
+def test_a_full_disk_leaves_table_record_and_figures_of_one_run(tree, mine, monkeypatch, name):
+    file, argv = "part1", on_tree(tree, mine, "--seed", 7)
+    if name == "part2_robustness":
+        file, argv = "part2", on_checkpoint(mine / "part1.pt", mine, "--norm", 2)
+    former = shutil.copytree(mine, mine.with_name("former"))
+    results = [path for path in contents(former)
+               if path.startswith(file) and not path.endswith(".pt")]
+    assert len(results) > 5
+    tables = {path for path in results if path.endswith((".csv", ".json", ".npz"))}
+    for number in itertools.count():
+        with monkeypatch.context() as patch:
+            written = fill_disk_at(patch, number)
+            assert call(name, argv)[0] == 1
+        before, after = contents(former), contents(mine)
+        kept = {path for path in results if after.get(path) == before[path]}
+        if not tables & kept:
+            break
+        assert kept == set(results), written[-1]
+    assert written[-1].endswith("comparison.tmp.csv")  # all of the run's own files were in place
 
 
 def is_whole(path):
