@@ -60,6 +60,12 @@ STUDY := $(RESULTS)/study
 REFERENCE ?= results/reference
 STUDIED := part1 part3 part3_crop_flip part4 part4_augmented part4_proxies
 TESTS ?= --severities 1 2 3 4 5
+ifneq ($(words $(RESULTS)),1)
+$(error RESULTS="$(RESULTS)": give one folder, without a space in its name)
+endif
+ifeq ($(words $(SEEDS)),0)
+$(error SEEDS is empty: give numbers, such as SEEDS="1 2 3")
+endif
 SEED_DIRS := $(SEEDS:%=$(STUDY)/seed%)
 MODELS := $(foreach part,$(STUDIED),$(SEED_DIRS:%=%/$(part)))
 

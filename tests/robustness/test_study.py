@@ -88,6 +88,11 @@ def test_the_arguments_of_part_2_reach_it(study):
     assert len(tested) == 6 and all(c.endswith(f"5 {reached}") for c in tested)
 
 
+@pytest.mark.parametrize("word", ["RESULTS=", "RESULTS=a b", "SEEDS="])
+def test_what_an_unset_variable_leaves_empty_is_refused(study, word):
+    assert study(word, goal="run") == []  # RESULTS= would be /study, SEEDS= a study of nothing
+
+
 @pytest.mark.parametrize(("part", "script"), [("part3", "part3_augmented.py"),
                                               ("part4_proxies", "part4_angular.py")])
 def test_a_model_is_tested_after_part_1s_training_and_waits_for_nothing_else(study, part, script):
