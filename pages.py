@@ -5,8 +5,9 @@ import html
 import re
 from pathlib import Path
 
+import checkpoints
+import plots
 import report
-from arguments import first_line
 
 SPECIAL = re.compile(r"[\\`*<>&|\[\]#~!$]|(?<!\w)_|_(?!\w)|[\r\n\t]")  # to Markdown or HTML
 IMAGE = re.compile(r'<p><img alt="([^"]*)" src="([^"]*)" */?></p>')
@@ -96,13 +97,14 @@ def bullets(sentences):
 def write(path, text):
     """Writes Markdown as an HTML page that needs no other file. A failure costs only the page.
 
-    Figures are read from the page's folder; one that is missing is left out.
+    An earlier page, which shows former results, goes then.  Figures are read from the page's
+    folder; one that is missing is left out.
     """
     try:
         report.write_text(path, page(text, Path(path).parent))
     except Exception as error:  # Markdown is not installed, or any other: the .md is there
-        print(f"{path}: no page ({type(error).__name__}: {first_line(error)}); the .md has the "
-              "same text")
+        print(f"{path}: no page ({plots.reason(error)}); the .md has the same text")
+        checkpoints.remove([Path(path)], "as the page of an earlier summary")
 
 
 def page(text, folder):

@@ -749,6 +749,7 @@ def test_the_page_needs_no_other_file_and_leaves_out_missing_figures(tmp_path):
 
 def test_without_markdown_only_the_page_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "markdown", None)
+    (tmp_path / "summary.html").write_text("of former results", encoding="utf-8")
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
     summary.compare(tmp_path)
     assert (tmp_path / "summary.md").exists() and not (tmp_path / "summary.html").exists()
