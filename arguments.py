@@ -181,6 +181,9 @@ def run(main):
 
     2: wrong use.  1: a run that failed.  130: Ctrl-C.  Only bugs print a traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: nobody reads it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no ± or é
@@ -241,3 +244,4 @@ def answer_ctrl_c_during_imports(kind, error, trace):
 
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a part is being started
     sys.excepthook = answer_ctrl_c_during_imports
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, of a package that .venv may not have

@@ -83,6 +83,21 @@ def test_the_users_backend_and_style_stay_and_do_not_show(tree, mine, monkeypatc
     assert (mine / "part1_confusion.png").read_bytes() == plain
 
 
+def test_a_notebooks_backend_is_not_asked_for_in_a_part_that_it_starts():
+    backend = {"MPLBACKEND": "not-installed-here"}  # as Jupyter's inline may not be in .venv
+    code, out, error = script("part1_baseline", "--help", narrow=False, env=os.environ | backend)
+    assert code == 0, error
+    assert b"--results-dir" in out
+
+
+def test_a_part_runs_without_the_streams_that_its_caller_closed(tree, tmp_path):
+    words = shlex.join(map(str, on_tree(tree, "results")))
+    command = f"{sys.executable} {ROOT}/part1_baseline.py {words} >&- 2>&-"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "results/summary.html").exists()
+
+
 def test_a_second_call_reads_the_images_anew(narrow, tree, tmp_path):
     data = shutil.copytree(tree, tmp_path / "tree")
     first = part1_baseline.main([str(w) for w in on_tree(data, tmp_path / "one")])
