@@ -106,6 +106,8 @@ def main(argv=None):
     clock.stop("UMAP, tables, figures")
     clock.print()
     summary.compare(run.folder)
+    with contextlib.suppress(OSError):  # last: a run that is killed before can still resume
+        run.path("_state.pt").unlink()
     return rows
 
 
@@ -450,8 +452,6 @@ def finish(args, run, tested, attacked, part1):
     terminal.print_table("Audit of the attack", ("check", "found", "passed"),
                          [(check.name, check.found, "yes" if check.passed else "NO")
                           for check in attacked.audit])
-    with contextlib.suppress(OSError):  # last: a run that is killed before can still resume
-        run.path("_state.pt").unlink()
     return rows
 
 

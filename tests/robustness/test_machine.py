@@ -144,7 +144,6 @@ def fill_disk_at(monkeypatch, number):
     """The disk is full from the number-th write on; returns the list of what was written."""
     honest = os.fsync
     written = []
-
     safe = set()
 
     def fsync(file):
@@ -226,6 +225,9 @@ def test_a_full_disk_leaves_table_record_and_figures_of_one_run(tree, mine, monk
             break
         assert kept == set(results), written[-1]
     assert written[-1].endswith("comparison.tmp.csv")  # all of the run's own files were in place
+    code, _, out = call(name, [*argv, "--resume"])
+    assert code == 0
+    assert "Resumed after" in out
 
 
 def is_whole(path):
