@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +84,10 @@ def read(path, device):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what is refused below
             content = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(damaged)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint; a training part writes it, such as: "
                          "python part1_baseline.py") from None

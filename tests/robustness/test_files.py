@@ -103,6 +103,18 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_one_flipped_bit_is_noticed(tmp_path):
+    """Of a state there is no hash of weights, as a checkpoint has one."""
+    path = tmp_path / "part1_state.pt"
+    checkpoints.write(path, {"parts": torch.zeros(1000)})
+    assert checkpoints.read(path, "cpu")["parts"].sum() == 0
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="part1_state.pt: not a checkpoint .* or damaged"):
+        checkpoints.read(path, "cpu")
+
+
 def test_a_state_is_no_checkpoint_and_named(tmp_path):
     save_state(tmp_path / "part1_state.pt", {"model": nn.Linear(2, 2)})
     with pytest.raises(UsageError, match="the state of a run, which --resume continues"):
