@@ -17,6 +17,7 @@ FORMAT = "small-data-robustness checkpoint"
 VERSION = 2  # 2: rows, checkpoints and states are identified by the hash of their weights
 NO_EFFECT = {"resume", "results_dir", "data_dir", "device", "umap_points", "no_umap", "no_part2"}
 NO_EFFECT_PART2 = {*NO_EFFECT, "checkpoint", "batch_size"}  # a checkpoint is known by its weights
+ANEW = "leave --resume out to start anew"  # the way out of a state that does not fit
 TESTED_WEIGHTS = "--checkpoint with the weights"  # in the identity of part 2's runs
 
 
@@ -75,10 +76,10 @@ def write(path, content):
             raise OSError(f"disk full, or file too large ({first_line(error)})") from None
 
 
-def read(path, device):
+def read(path, device, way_out="expected one that a training part wrote"):
     """The dict that `write` wrote. Nothing in the file is executed.
 
-    Raises UsageError for whatever is not such a file.
+    Raises UsageError, with the way out, for whatever is not such a file.
     """
     try:
         with warnings.catch_warnings():
@@ -95,11 +96,9 @@ def read(path, device):
         raise
     except Exception as error:  # a damaged or hostile file can fail anywhere in torch.load
         raise UsageError(f"{path}: not a checkpoint of this project, or damaged "
-                         f"({type(error).__name__}); expected one that a training part "
-                         "wrote") from None
+                         f"({type(error).__name__}); {way_out}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"{path}: not a checkpoint of this project; expected one that a training "
-                         "part wrote")
+        raise UsageError(f"{path}: not a checkpoint of this project; {way_out}")
     if content.get("version") != VERSION:
         raise UsageError(f"{path}: checkpoint version {content.get('version')}, this code reads "
                          f"version {VERSION}; use the code that wrote it, or train again")
@@ -276,7 +275,7 @@ def resume(path, wanted, identity, epochs, parts, generator, versions):
     if not wanted:
         tell_what_is_dropped(path, "epoch", epochs)
         return 0, []
-    content = read(path, "cpu")
+    content = read(path, "cpu", ANEW)
     try:
         check_identity(path, content["identity"], identity)
         for name, part in parts.items():
@@ -287,7 +286,7 @@ def resume(path, wanted, identity, epochs, parts, generator, versions):
         tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UsageError(f"--resume: the run in {path} was made by other code, its state does not "
-                         f"fit ({first_line(error)}); leave --resume out to start anew") from None
+                         f"fit ({first_line(error)}); {ANEW}") from None
     print(f"Resumed after epoch {start_epoch}")
     return start_epoch, history
 
@@ -315,14 +314,14 @@ def resume_finished(path, wanted, identity, device, versions):
     if not wanted:
         tell_what_is_dropped(path, "finished", None)
         return finished
-    content = read(path, device)
+    content = read(path, device, ANEW)
     try:
         check_identity(path, content["identity"], identity)
         finished.values.update({tuple(key): tuple(value) for key, value in content["finished"]})
         tell_other_versions(path, content.get("versions", {}), versions)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"--resume: the run in {path} was made by other code, its state does not "
-                         f"fit ({first_line(error)}); leave --resume out to start anew") from None
+                         f"fit ({first_line(error)}); {ANEW}") from None
     print(f"Resumed after {len(finished.values)} conditions")
     return finished
 

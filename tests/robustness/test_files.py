@@ -111,8 +111,10 @@ def test_one_flipped_bit_is_noticed(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(bytes(4000)) + 2000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="part1_state.pt: not a checkpoint .* or damaged"):
-        checkpoints.read(path, "cpu")
+    with pytest.raises(UsageError, match="not a checkpoint .*damaged .*; leave --resume out"):
+        checkpoints.resume(path, True, {}, 1, {}, torch.Generator(), {})
+    with pytest.raises(UsageError, match="not a checkpoint .*damaged .*; leave --resume out"):
+        checkpoints.resume_finished(path, True, {}, "cpu", {})
 
 
 def test_a_state_is_no_checkpoint_and_named(tmp_path):
