@@ -316,7 +316,10 @@ def read_table(path):
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 found = ", ".join(reader.fieldnames or ["none"])
                 raise ValueError(f"its columns are {found[:100]}")
-            return [typed(values) for values in reader]
+            rows = [typed(values) for values in reader]
+            if not rows:  # else its part would pass for one that was not run
+                raise ValueError("it has no rows")
+            return rows
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
