@@ -37,7 +37,8 @@ LOSSES = {"angular": "Angular", "arcface": "ArcFace", "cosface": "CosFace",
 FIGURES = ("_history.png", "_confusion.png", "_umap.png", "_umap.npz")  # of a training
 ROBUSTNESS_FIGURES = ("_severities.png", "_examples.png", "_fgsm.png", "_adversarial.png",
                       "_umap.png", "_umap.npz")
-ROBUSTNESS_FILES = (".csv", ".json", "_correct.npz", "_state.pt", *ROBUSTNESS_FIGURES)
+# in the order of their removal: the last ones say of which weights all are
+ROBUSTNESS_FILES = (*ROBUSTNESS_FIGURES, "_state.pt", "_correct.npz", ".json", ".csv")
 REWRITE = "move it away; its part will write it again"
 OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "cleverhans", "umap-learn")

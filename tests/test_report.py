@@ -105,7 +105,7 @@ def test_figures_show_the_evaluation_accuracy_and_the_tests_confusion(tmp_path, 
     predictions = {split: common.Prediction(torch.eye(3)[values], features, labels)
                    for split, values in predicted.items()}
     run = run_of(tmp_path, {"training": 6, "evaluation": 6, "test": 6})
-    report.finish(run, common.Model(outputs=3), predictions, [], 0)
+    report.finish(run, common.Model(outputs=3), predictions, [{"epoch": 1, "eval_n": 6}], 0)
     assert shown == [0.5, [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 2]]
 
 
@@ -137,7 +137,7 @@ def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tin
         monkeypatch.setattr(plots, name, lambda *_: None)
     monkeypatch.setattr(report, "draw_umap", lambda run, panels, _: shown.extend(panels))
     run = run_of(tmp_path, {"training": 12, "evaluation": 12, "test": 12})
-    rows = report.finish(run, common.Model(outputs=3), predictions, [], 0)
+    rows = report.finish(run, common.Model(outputs=3), predictions, [{"epoch": 1, "eval_n": 6}], 0)
     assert [panel.title for panel in shown] == ["evaluation split, clean", "test set, clean"]
     some = np.linspace(0, 11, 10).round()
     widths = {row["split"]: row["value"] for row in rows if row["metric"].startswith("silhouette")}

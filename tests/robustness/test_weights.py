@@ -61,7 +61,7 @@ def test_a_kill_between_checkpoint_and_table_is_refused(tree, mine, monkeypatch,
     if part == "part3":
         argv.append("--no-part2")
 
-    def killed(run):
+    def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -136,6 +136,22 @@ def test_part_2_results_of_former_weights_are_removed_by_the_next_training(tree,
     assert out.count("Removed") == 1
     assert {row["weights"] for row in read(mine / "comparison.csv") if row["part"] == "part1"} == {
         weights_of(mine / "part1.pt")}
+
+
+def test_a_run_killed_while_it_removes_part_2s_results_goes_on_with_it(tree, mine, monkeypatch):
+    remove = checkpoints.remove
+
+    def killed(paths, why):
+        remove(paths[:3], why)
+        raise KeyboardInterrupt
+
+    argv = [word for word in on_tree(tree, mine, "--seed", 7) if word != "--no-umap"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "remove", killed)
+        assert call("part1_baseline", argv)[0] == 130
+    assert list(mine.glob("part2*"))
+    assert call("part1_baseline", [*argv, "--resume"])[0] == 0
+    assert not list(mine.glob("part2*"))
 
 
 def test_a_training_that_ends_at_the_same_weights_keeps_part_2s_results(tree, mine, monkeypatch):
