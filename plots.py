@@ -211,19 +211,17 @@ def history(path, history, run, measured=None):
     training = {"color": NEUTRAL, "linestyle": "--", "marker": marker}
     left.plot(epochs, [h["loss"] for h in history], **training)
     accuracies = 100 * np.array([[h["train_accuracy"], h["eval_accuracy"]] for h in history], float)
-    handles = right.plot(epochs, accuracies[:, 0], **training)
-    labels = ["training batches"]
+    right.plot(epochs, accuracies[:, 0], label="training batches", **training)
     n = history[-1]["eval_n"]
     bounds = 100 * np.array([wilson_interval(h["eval_accuracy"] * n, n) for h in history])
     color = PART_COLORS[run.part]
-    handles += right.plot(epochs, accuracies[:, 1], color=color, marker=marker)
+    right.plot(epochs, accuracies[:, 1], color=color, marker=marker,
+               label=f"{n} evaluation images, averaged weights")
     right.fill_between(epochs, *bounds.T, color=color, alpha=0.15, linewidth=0)
-    labels.append(f"{n} evaluation images, averaged weights")
     shown = [*accuracies.flat, *bounds.flat]
     if measured is not None and n < run.sizes["evaluation"]:
-        handles += right.plot(epochs[-1:], [100 * measured], color=color, marker="D",
-                              linestyle="", clip_on=False)
-        labels.append(f"all {run.sizes['evaluation']:,}")
+        right.plot(epochs[-1:], [100 * measured], color=color, marker="D", linestyle="",
+                   clip_on=False, label=f"all {run.sizes['evaluation']:,}")
         shown.append(100 * measured)
     left.set_ylabel("training loss")
     right.set(ylabel="accuracy (%)", ylim=room(shown))
@@ -231,7 +229,7 @@ def history(path, history, run, measured=None):
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
-    legend(figure, handles, labels)
+    legend(figure, *right.get_legend_handles_labels())
     means = "loss and accuracy are" if np.isfinite(accuracies[:, 0]).any() else "loss is"
     save(figure, path, f"{described(run)} Training {means} measured on each epoch's batches; no "
          "evaluation image is ever trained on. Band: 95 % interval.")
@@ -483,22 +481,18 @@ def severities(path, rows, run):
     figure = new_figure(0.19 * len(lines) + 0.9)
     axes = figure.subplots()
     write_conditions(axes, lines, len(lines))
-    handles = []
-    labels = []
     for value in clean[:, 0]:
-        handles.append(axes.axvline(value, color=NEUTRAL, linestyle="--", linewidth=1))
-        labels.append("clean")
+        axes.axvline(value, color=NEUTRAL, linestyle="--", linewidth=1, label="clean")
     for severity in sorted({r["severity"] for r in rows}):
         mine = where(rows, severity=severity)
         points = in_percent(mine)
         heights = [height[r["condition"]] for r in mine]
         color = SEVERITY_COLORS.get(severity, NEUTRAL)
-        handles.append(axes.errorbar(
-            points[:, 0], heights, xerr=lengths(points), color=color, marker="o", linestyle="",
-            markerfacecolor=color if severity else "white", **BARS))
-        labels.append(f"severity {severity}" if severity else "without severity")
+        axes.errorbar(points[:, 0], heights, xerr=lengths(points), color=color, marker="o",
+                      linestyle="", markerfacecolor=color if severity else "white",
+                      label=f"severity {severity}" if severity else "without severity", **BARS)
     axes.set_xlim(room(np.concatenate([clean, in_percent(rows)])))
-    legend(figure, handles, labels)
+    legend(figure, *axes.get_legend_handles_labels())
     save(figure, path, f"{described(run)} Test images, {n_of(rows)}, with 95 % intervals. "
          f"{held_out_note(run.dataset, rows)}")
 
