@@ -23,7 +23,6 @@ from perturbations import FAMILY
 import matplotlib.style
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -393,14 +392,13 @@ def free_height(y, near, line):
 @guarded
 def examples(path, rows, run, what):
     """A line of images for each title. rows: [(title, images (n,3,H,W), uint8 or in [0,1])]."""
+    from torchvision.utils import make_grid
+
     gap = 2  # pixels of white between images
-    lines = []
-    for _, images in rows:
-        pixels = images.cpu() / (255 if images.dtype == torch.uint8 else 1)
-        padded = F.pad(pixels.clamp(0, 1), (0, gap, 0, gap), value=1.0)
-        lines.append(padded.permute(2, 0, 3, 1).flatten(1, 2))  # (H+gap, n*(W+gap), 3)
-    picture = torch.cat(lines)[:-gap, :-gap]
     number, _, height, width = rows[0][1].shape
+    pixels = [images.cpu() / (255 if images.dtype == torch.uint8 else 1) for _, images in rows]
+    grid = make_grid(torch.cat(pixels).clamp(0, 1), number, gap, pad_value=1.0)
+    picture = grid[:, gap:-gap, gap:-gap].permute(1, 2, 0)
     side = min((WIDTH - 1.6) / number, 0.7)  # inches of an image
     figure = new_figure(len(rows) * side * height / width + 0.5)
     axes = figure.subplots()
