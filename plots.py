@@ -6,6 +6,7 @@ seed. `rows` are dicts of split, condition, severity (text: "", "3", or eps in 1
 value, ci_low, ci_high (fractions) and n.
 """
 
+import contextlib
 import functools
 import math
 import unicodedata
@@ -87,17 +88,19 @@ BARS = {"elinewidth": 0.9, "capsize": 1.5}  # of intervals
 def guarded(draw):
     """Makes any failure to draw or to write one printed line: a figure never ends a training.
 
-    A figure of that name that is already there shows an earlier model, so it is removed.
+    A figure of that name that is already there shows an earlier model, so it is removed first.
     """
 
     @functools.wraps(draw)
     def drawn(path, *args, **kwargs):
         try:
+            with contextlib.suppress(OSError):
+                Path(path).unlink()
             with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
                 warnings.simplefilter("ignore")  # about characters that no font has
                 draw(path, *args, **kwargs)
         except Exception as error:  # MemoryError included; matplotlib raises whatever it likes
-            line = f"{path}: not drawn ({reason(error)}){remove_former(path)}"
+            line = f"{path}: not drawn ({reason(error)})"
             print(line.encode("ascii", "backslashreplace").decode(), flush=True)
 
     return drawn
@@ -109,17 +112,6 @@ def reason(error):
     if isinstance(error, RunError):
         return text.split(";")[0]  # without "what was there before is unchanged": it is not
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def remove_former(path):
-    """Removes an earlier model's figure; returns what to say about it."""
-    try:
-        Path(path).unlink()
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError):
-        return "; the figure there is from an earlier run and could not be removed"
-    return "; the figure of an earlier run was removed"
 
 
 def new_figure(height, width=WIDTH):

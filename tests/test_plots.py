@@ -319,7 +319,7 @@ def test_a_failure_is_one_line_and_the_former_figure_goes(error, tmp_path, monke
     path.write_bytes(b"of an earlier model")
     assert plots.history(path, HISTORY, run_of()) is None
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and "part3_history.png" in out and "removed" in out and err == ""
+    assert out.count("\n") == 1 and "part3_history.png: not drawn" in out and err == ""
     assert (str(error).split("\n")[0] or "MemoryError").split("] ")[-1] in out
     assert list(tmp_path.iterdir()) == []
 
@@ -339,11 +339,11 @@ def test_impossible_data_is_one_line_in_every_figure(tmp_path, capsys):
     ]
 
 
-def test_what_cannot_be_removed_is_said_and_kept(tmp_path, capsys):
+def test_a_folder_of_the_name_of_a_figure_is_one_line_and_kept(tmp_path, capsys):
     (tmp_path / "x.png" / "notes").mkdir(parents=True)
     plots.history(tmp_path / "x.png", HISTORY, run_of())
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "could not be removed" in out
+    assert out.count("\n") == 1 and "x.png: not drawn" in out
     assert [p.name for p in tmp_path.rglob("*")] == ["x.png", "notes"]
 
 
