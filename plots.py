@@ -416,11 +416,6 @@ def n_of(rows):
     return counted([r["n"] for r in rows])
 
 
-def own_accuracies(rows):
-    """The accuracies of the model's own head on the test set."""
-    return where(rows, metric="accuracy", head="own", split="test")
-
-
 def in_percent(rows, key="value"):
     """Accuracies and the bounds of their intervals (n,3), in percent."""
     return 100 * np.array([[r[key], r["ci_low"], r["ci_high"]] for r in rows], float).reshape(-1, 3)
@@ -463,7 +458,7 @@ def write_conditions(axes, lines, total):
 @guarded
 def severities(path, rows, run):
     """Accuracy under every perturbation and severity, families as headings."""
-    rows = own_accuracies(rows)
+    rows = where(rows, metric="accuracy", head="own", split="test")
     clean = in_percent(where(rows, condition="clean"))[:1]
     rows = [r | {"family": FAMILY[r["condition"]]} for r in rows if r["condition"] in FAMILY]
     lines = sum(families(rows), [])
@@ -523,11 +518,13 @@ def draw_over_eps(axes, curves, norm, key="value", width=0):
 def attack(path, rows, run, norm, failed_audits):
     """Accuracy over eps under every attack in one norm ("inf" or "2"), and which audits failed."""
     l2 = norm == "2"
-    rows = own_accuracies(rows)
+    rows = where(rows, metric="accuracy", head="own", split="test")
+    rows = [r for r in rows if ("_l2" in r["condition"]) == l2]
     curves = []
     labels = []
     for name, look in ATTACK.items():
-        mine = [r for r in rows if attack_name(r["condition"], l2) == name]
+        names = (name, f"{name}_sign")  # random_sign, random_l2
+        mine = [r for r in rows if r["condition"].replace("_l2", "") in names]
         if mine:
             curves.append((mine, look))
             labels.append(f"{look.label}, {n_of(mine)}")
@@ -546,13 +543,6 @@ def attack(path, rows, run, norm, failed_audits):
         verdict = f"AUDIT FAILED, this should hold and does not: {failed}."
     save(figure, path, f"{described(run)} Test images, attacked in float32 with their true labels "
          f"unless stated otherwise; 95 % intervals; eps values are evenly spaced. {verdict}")
-
-
-def attack_name(condition, l2):
-    """The key in ATTACK of a condition, "" if it is of the other norm."""
-    if ("_l2" in condition) != l2:
-        return ""
-    return condition.replace("_l2", "").replace("random_sign", "random")
 
 
 @guarded
@@ -614,8 +604,7 @@ def balanced(blocks):
         return columns
     for cut in range(1, len(blocks)):
         two = [sum(blocks[:cut], []), sum(blocks[cut:], [])]
-        if max(map(len, two)) < max(map(len, columns)):
-            columns = two
+        columns = min(columns, two, key=lambda some: max(map(len, some)))
     return columns
 
 
