@@ -269,11 +269,7 @@ def resume(path, wanted, identity, epochs, parts, generator, versions):
     one line says so. Raises UsageError if an argument that changes the result differs from the
     saved run's, or if the state does not fit this code.
     """
-    if not Path(path).exists():
-        tell_nothing_to_resume(path, wanted)
-        return 0, []
-    if not wanted:
-        tell_what_is_dropped(path, "epoch", epochs)
+    if not goes_on(path, wanted, "epoch", epochs):
         return 0, []
     content = read(path, "cpu", ANEW)
     try:
@@ -308,11 +304,7 @@ class Finished(NamedTuple):
 def resume_finished(path, wanted, identity, device, versions):
     """The Finished of an interrupted run, if `wanted`, else an empty one. Raises as `resume`."""
     finished = Finished(path, identity, versions, {})
-    if not Path(path).exists():
-        tell_nothing_to_resume(path, wanted)
-        return finished
-    if not wanted:
-        tell_what_is_dropped(path, "finished", None)
+    if not goes_on(path, wanted, "finished"):
         return finished
     content = read(path, device, ANEW)
     try:
@@ -334,21 +326,23 @@ def tested_weights(path):
         return set()
 
 
-def tell_nothing_to_resume(path, wanted):
-    if wanted:
+def goes_on(path, wanted, key, epochs=None):
+    """Whether there is a state and it is `wanted`; one line where a run is not what it may seem.
+
+    key: what of the state says how far it came: an epoch, of `epochs`, or a list of conditions.
+    """
+    exists = Path(path).exists()
+    if wanted and not exists:
         print(f"--resume: no {path} to continue, so this run starts anew")
-
-
-def tell_what_is_dropped(path, key, of):
-    """One line about an unfinished state that a run without --resume will replace."""
+    if wanted or not exists:
+        return exists
     try:
         done = read(path, "cpu")[key]
-        count = int(done) if of else len(done)
+        what = f"{int(done)} of {epochs} epochs" if epochs else f"{len(done)} conditions"
     except (UsageError, KeyError, TypeError, ValueError):
         print(f"{path} is not a state that this code can continue; it will be replaced")
-        return
-    if of and count >= of:
-        return
-    what = f"{count} of {of} epochs" if of else f"{count} conditions"
-    print(f"{path}: an unfinished run ({what} done) will be replaced; to continue it instead, stop "
-          "now and add --resume")
+        return False
+    if not epochs or int(done) < epochs:
+        print(f"{path}: an unfinished run ({what} done) will be replaced; to continue it instead, "
+              "stop now and add --resume")
+    return False
