@@ -486,14 +486,20 @@ def cell(value):
     return percent(value) if math.isfinite(value) else "-"
 
 
-def lines_table(lines, group, titles):
-    """The Lines of one group as a Markdown table; means in bold."""
-    body = []
-    for line in lines:
-        if line.group == group:
-            cells = [cell(line.values[name]) for name in titles]
-            body.append((line.markdown, *cells))
-    return markdown_table(("accuracy, %", *titles.values()), body)
+def line_tables(lines, columns, cells, explained, note=""):
+    """The Lines as Markdown, each group under its heading; means in bold.
+
+    cells: a list of texts for each line, one a column.  explained: what follows the perturbations.
+    """
+    text = []
+    for group, title in GROUPS.items():
+        body = [(line.markdown, *texts) for line, texts in zip(lines, cells, strict=True)
+                if line.group == group]
+        if body:
+            text += [f"## {title}{note}", markdown_table(("accuracy, %", *columns), body)]
+        if group == "perturbed":
+            text += explained
+    return text
 
 
 def explanation(studies, table, whole):

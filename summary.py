@@ -249,16 +249,13 @@ TESTED = (
     "since they vary much from seed to seed.")
 
 
-def summary(study, lines, table, whole, tests):
+def summary(study, lines, cells, table, whole, tests):
     """The text of summary.md. table: the `measured` rows that are `shared`; whole: all of them."""
     text = [f"# Results on {escape(study.dataset)}",
             claims.claims_table(claims.claims_of_one(study, table, tests))]
     text += [findings(study, part, lines, tests) for part in study.parts.values()]
-    for group, title in comparison.GROUPS.items():
-        if any(line.group == group for line in lines):
-            text += [f"## {title}", comparison.lines_table(lines, group, study.titles)]
-        if group == "perturbed":
-            text += comparison.explanation([study], table, whole)
+    text += comparison.line_tables(lines, study.titles.values(), cells,
+                                   comparison.explanation([study], table, whole))
     text += [TESTED, "## Calibration", calibration_table(study, table),
              "## Loss or head?", comparison.ABOUT_HEADS, heads_table(study),
              "## Audit of the attacks", audit_text(study), "## What ran", what_ran(study),
@@ -282,11 +279,11 @@ def compare(folder):
     labels = {name: part.label for name, part in study.parts.items()}
     plots.comparison(study.folder / "comparison.png", rows, labels)
     lines = comparison.overview(table, study.parts)
-    text = summary(study, lines, table, whole, tests)
+    cells = [[comparison.cell(value) for value in line.values.values()] for line in lines]
+    text = summary(study, lines, cells, table, whole, tests)
     report.write_text(study.folder / "summary.md", text)
     pages.write(study.folder / "summary.html", text)
-    body = [(pages.plain(line.title), *map(comparison.cell, line.values.values()))
-            for line in lines]
+    body = [(pages.plain(line.title), *texts) for line, texts in zip(lines, cells, strict=True)]
     title = f"Comparison on {study.dataset}, accuracy in % ({study.folder}/summary.md)"
     terminal.print_table(title, ("", *study.parts), body)
     for sentence in study.left_out:

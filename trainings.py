@@ -67,11 +67,9 @@ def compare_trainings(folders):
     tests = method_tests(lines, counts)
     rows = training_rows(studies[0].dataset, lines, counts, tests)
     parent = Path(os.path.abspath(folders[0])).parent  # beside a link, not beside its target
-    write(parent, rows, training_text(studies, tables, lines, counts, tests))
-    body = []
-    for line in lines:
-        spreads = [spread(line.values[name], n) for name, n in counts.items()]
-        body.append((pages.plain(line.title), *spreads))
+    cells = [[spread(line.values[name], n) for name, n in counts.items()] for line in lines]
+    write(parent, rows, training_text(studies, tables, lines, cells, counts, tests))
+    body = [(pages.plain(line.title), *texts) for line, texts in zip(lines, cells, strict=True)]
     terminal.print_table(f"{studies[0].dataset}, accuracy in %, mean ± standard deviation over "
                          f"trainings ({parent / 'trainings.md'})", ("", *counts), body)
     return rows
@@ -351,7 +349,7 @@ def made_with(*studies):
     return found
 
 
-def training_text(studies, tables, lines, counts, tests):
+def training_text(studies, tables, lines, cells, counts, tests):
     """The text of trainings.md."""
     titles = {}
     for study in studies:
@@ -367,19 +365,10 @@ def training_text(studies, tables, lines, counts, tests):
             "trainings, which shows neither that there is a difference nor that there is none. "
             "With so few, differences that happen to be alike give a small p. All trainings are "
             "tested on the same images, so no interval covers what other test images would change."]
-    for group, title in GROUPS.items():
-        body = []
-        for line in lines:
-            if line.group == group:
-                cells = [spread(line.values[name], n) for name, n in counts.items()]
-                body.append((line.markdown, *cells))
-        if body:
-            text += [f"## {title}, mean ± standard deviation",
-                     markdown_table(("accuracy, %", *header), body)]
-        if group == "perturbed":
-            table = sum(tables, [])
-            whole = sum(map(comparison.measured, studies), [])
-            text += comparison.explanation(studies, table, whole)
+    whole = sum(map(comparison.measured, studies), [])
+    text += comparison.line_tables(lines, header, cells,
+                                   comparison.explanation(studies, sum(tables, []), whole),
+                                   ", mean ± standard deviation")
     for part, reference in comparison.pairs(counts):
         mine = [test for test in tests if (test.part, test.reference) == (part, reference)]
         if mine:
