@@ -417,13 +417,8 @@ def resume(run, state, generator):
             settings.append(f"{name} {value:g}" if type(value) is float else f"{name} {value}")
     run.versions["optimizer"] = (f"{type(optimizer).__name__} ({', '.join(settings)}) with "
                                  f"{type(scheduler).__name__}")
-    start_epoch, history = checkpoints.resume(
-        run.path("_state.pt"), run.args["resume"], run.identity, run.args["epochs"], state,
-        generator, run.versions)
-    _, eval_n = common.few_sizes(run.sizes["training"], run.sizes["evaluation"])
-    for values in history:
-        values.setdefault("eval_n", eval_n)  # of states that did not have it yet
-    return start_epoch, history
+    return checkpoints.resume(run.path("_state.pt"), run.args["resume"], run.identity,
+                              run.args["epochs"], state, generator, run.versions)
 
 
 def end_epoch(run, history, state, generator):

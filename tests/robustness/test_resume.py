@@ -387,22 +387,3 @@ def test_what_was_tested_on_other_pixels_is_tested_again(narrow, trained, tmp_pa
     assert predicted.count(torch.uint8) == 2  # clean images and rotation's, not cutout's
     rows = read(tmp_path / "part3_robustness.csv")
     assert [row["condition"] for row in rows if row["metric"] == "accuracy"].count("rotation") == 1
-
-
-def test_a_state_from_before_n_was_in_it_goes_on(narrow, tree, tmp_path, monkeypatch):
-    save = checkpoints.save_state
-
-    def older(path, identity, epochs, history, *rest):
-        for row in history:
-            del row["eval_n"]
-        save(path, identity, epochs, history, *rest)
-        raise KeyboardInterrupt
-
-    argv = [*on_tree(tree, tmp_path, "--resume"), "--epochs", 2]
-    monkeypatch.setattr(checkpoints, "save_state", older)
-    assert call("part1_baseline", argv)[0] == 130
-    monkeypatch.setattr(checkpoints, "save_state", save)
-    code, error, _ = call("part1_baseline", argv)
-    assert code == 0, error
-    history = read(tmp_path / "part1_history.csv")
-    assert [(row["epoch"], row["eval_n"]) for row in history] == [("1", "2"), ("2", "2")]
