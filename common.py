@@ -316,29 +316,21 @@ def evenly_spaced(total, n):
     return torch.linspace(0, total - 1, min(n, total)).round().long()
 
 
-def few_sizes(training, evaluation):
-    """How many images the learning curve is measured on: it costs at most a tenth of an epoch.
-
-    An epoch costs about three forward passes over the training images: forward and backward.
-    """
-    tenth = max(10, int(0.3 * training))  # forward passes of an image
-    train_n = min(1000, 2 * tenth // 5, training)  # that part 4 passes twice
-    return train_n, min(500, tenth // 5, evaluation)
-
-
 def few_of(split):
-    """A Split of few images, for the learning curve: `few_sizes`, evenly spaced.
+    """A Split of few images, evenly spaced, on which the learning curve is measured.
 
-    Training images are of every class, since part 4 classifies by the means of all: of many small
-    classes there are more than `few_sizes`.
+    It costs at most a tenth of an epoch, which costs about three forward passes over the training
+    images: forward and backward. Training images are of every class, since part 4 classifies by the
+    means of all: of many small classes there are more.
     """
-    train_n, eval_n = few_sizes(len(split.train_labels), len(split.eval_labels))
-    train = evenly_spaced(len(split.train_labels), train_n)
+    n = len(split.train_labels)
+    tenth = max(10, int(0.3 * n))  # forward passes of an image
+    train = evenly_spaced(n, min(1000, 2 * tenth // 5))  # that part 4 passes twice
     for c in split.train_labels.unique():
         if c not in split.train_labels[train]:
             first = (split.train_labels == c).nonzero()[0]
             train = torch.cat([train, first.to(train.device)])
-    some = evenly_spaced(len(split.eval_labels), eval_n)
+    some = evenly_spaced(len(split.eval_labels), min(500, tenth // 5))
     return Split(split.train_images[train], split.train_labels[train], split.eval_images[some],
                  split.eval_labels[some], split.hash)
 
