@@ -10,7 +10,6 @@ import threading
 
 import common
 import datasets
-import part1_baseline
 from arguments import RunError, UsageError
 
 import numpy as np
@@ -199,45 +198,6 @@ def test_watching_the_training_costs_at_most_a_tenth_of_an_epoch(n):
 
 
 # ---- files --------------------------------------------------------------------------------------
-
-
-def a_tree(first):
-    """What image_folder.read_tree gives: 3 classes of two images of `first`, `first` + 1 …"""
-    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1) * np.ones((6, 3, 32, 32), np.uint8)
-    images += np.uint8(first)
-    return ("ant", "bee", "cow"), images, np.arange(6) % 3, images[:3] ^ 64, np.arange(3)
-
-
-def test_data_that_changed_on_disk_are_read_anew(monkeypatch):
-    for first in (7, 9):
-        tree = a_tree(first)
-        monkeypatch.setattr(datasets.image_folder, "read_tree", lambda *_, tree=tree: tree)
-        data = common.load_data("folder", "x", CPU)
-        assert data.train_images[0].unique().tolist() == [first]
-    assert data.classes == ("ant", "bee", "cow")
-    assert data.test_labels.tolist() == [0, 1, 2]
-
-
-def test_main_called_again_trains_on_the_images_that_are_there_now(monkeypatch, tmp_path,
-                                                                   tiny_backbone):
-    seen = []
-
-    def watched(images, *args):
-        seen.append(images.float().mean().item())
-        return batches(images, *args)
-
-    batches = common.batches
-    monkeypatch.setattr(common, "batches", watched)
-    monkeypatch.setattr(part1_baseline.report, "finish", lambda *args: [])
-    monkeypatch.setattr(part1_baseline.summary, "compare", lambda folder: None)
-    for first in (7, 250):
-        tree = a_tree(first)
-        monkeypatch.setattr(datasets.image_folder, "read_tree", lambda *_, tree=tree: tree)
-        folder = str(tmp_path / str(first))
-        part1_baseline.main(["--dataset", "folder", "--data-dir", "x", "--epochs", "1", "--amp",
-                             "off", "--train-fraction", "0.5", "--results-dir", folder])
-    assert len(seen) == 2
-    assert seen[1] - seen[0] == pytest.approx(243)
 
 
 def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsys):
