@@ -57,12 +57,15 @@ def damage_checkpoints(top, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     meta, weights = content["meta"], content["model"]
     conv = weights["backbone.conv1.weight"]
+    zeroed = conv.clone()
+    zeroed[3] = 0  # as after a bad block on the disk
     args = meta["args"]
     without_bias = {key: value for key, value in weights.items() if key != "backbone.fc.bias"}
     changes = {
         "newer": {"version": 99}, "older": {"version": 1}, "foreign": {"format": "another"},
         "no_meta": {"meta": None}, "no_model": {"model": {}}, "less": {"model": without_bias},
         "nan": {"model": weights | {"backbone.conv1.weight": conv * float("nan")}},
+        "zeroed": {"model": weights | {"backbone.conv1.weight": zeroed}},
         "integers": {"model": weights | {"backbone.conv1.weight": conv.int()}},
         "outside": {"meta": meta | {"part": "../../part1"}},
         "no_args": {"meta": meta | {"args": {}}},
@@ -108,9 +111,9 @@ TREES = {"nowhere": "nowhere/train does not exist", "one_class": "at least two",
          "no_test": "no image", "zero_bytes": "ant/0.png", "text": "bee/3.png",
          "cut": "ant/1.png", "other_classes": "the same in train and test",
          "empty_class": "no image", "no_train": "no_train/train does not exist"}
-CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "nan", "integers",
-               "less", "outside", "no_args", "dataset", "fraction", "outputs", "classes",
-               "another", "weights", "empty", "text", "cut")
+CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "nan", "zeroed",
+               "integers", "less", "outside", "no_args", "dataset", "fraction", "outputs",
+               "classes", "another", "weights", "empty", "text", "cut")
 PART2 = [(["--checkpoint", "{top}"], "not a checkpoint"), (["--severities", "0"], "--severities"),
          (["--severities", "6"], "--severities"), (["--severities"], "--severities"),
          (["--perturbations", "fog"], "gaussian_noise"), (["--eps-255", "-1"], "--eps-255"),
