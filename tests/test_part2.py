@@ -277,15 +277,6 @@ def test_each_map_shows_and_measures_its_own_images(study):
         assert panel.title == f"{title}\n{found}"
 
 
-def test_the_worst_case_of_the_audit_is_of_the_audits_own_images(study):
-    right = {("fgsm", 8): torch.tensor([True, False, True, False]),
-             ("pgd", 8): torch.tensor([True, True])}
-    rows = audit.worst_case_rows(study.run, audit.attack_names("inf"), right, torch.tensor([1, 3]),
-                                 [0, 8])
-    assert [(row["condition"], row["value"]) for row in rows] == [("worst_case", 0.5),
-                                                                  ("worst_case_audit", 0)]
-
-
 @pytest.mark.parametrize("edit", ["a constant input", "another activation", "nothing"])
 def test_a_network_edited_since_its_training_is_refused(study, tmp_path, monkeypatch, edit):
     """The same weights, loaded strictly, are another network if the code has changed."""
