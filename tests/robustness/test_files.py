@@ -461,3 +461,4 @@ def test_records_are_utf_8_with_their_names_as_they_are(mine):
     assert record["weights"] == checkpoints.weights_hash(
         common.load_checkpoint(mine / "part1.pt", CPU)[0])
     assert report.read_record(mine, "part1") == record
+    assert record["sizes"] == {"training": 6, "evaluation": 6, "test": 12}
