@@ -34,7 +34,6 @@ import summary
 import terminal
 from arguments import UsageError
 
-import numpy as np
 import torch
 
 UMAP_PERTURBATIONS = ("gaussian_noise", "gaussian_blur", "color_jitter", "vertical_flip",
@@ -350,7 +349,7 @@ def attack(args, run, model, images, labels, part1=None):
         eps = eps_255 / 255
         for name, victim in ((names.pgd, model), (f"{names.pgd}_unit", common.UnitLogits(model))):
             adversarial = common.pgd(victim, images[pgd_idx], labels[pgd_idx], eps,
-                                     p_norm(args.norm))
+                                     float(args.norm))
             logits = common.predict(model, adversarial, float32).logits
             predicted[name, eps_255] = logits.argmax(1)
             excess = max(excess, excess_over(eps, images[pgd_idx], adversarial, args.norm))
@@ -379,19 +378,15 @@ def attack(args, run, model, images, labels, part1=None):
     return Attacked(rows, kept, checks, features[names.fgsm, at], at, labels, examples)
 
 
-def p_norm(norm):
-    return np.inf if norm == "inf" else 2
-
-
 def excess_over(eps, images, adversarial, norm):
     """By how much the largest change of an image exceeds eps; as a share of eps where eps > 1."""
-    largest = (adversarial - images).flatten(1).norm(p_norm(norm), dim=1).max().item()
+    largest = (adversarial - images).flatten(1).norm(float(norm), dim=1).max().item()
     return (largest - eps) / max(eps, 1)
 
 
 def make_directions(args, names, model, images, labels, clean, part1):
     """{attack: step of eps 1}; none depends on eps, so each serves the whole sweep."""
-    norm = p_norm(args.norm)
+    norm = float(args.norm)
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same noise on every device
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     if args.norm == "inf":
