@@ -20,6 +20,7 @@ from attacks import UnitLogits as UnitLogits  # x as x: part of this module's in
 from attacks import fgsm as fgsm
 from attacks import fgsm_direction as fgsm_direction
 from attacks import pgd as pgd
+from datasets import Data as Data
 from network import AMX, CPU
 from network import ClassMeans as ClassMeans
 from network import Model as Model
@@ -126,18 +127,6 @@ def fastest_precision(device):
 
 
 # ---- data and split -----------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """A data set, whole, on the device: images uint8 (N,3,S,S), labels int64 (N,)."""
-
-    name: str  # as tables and plots call it
-    classes: tuple
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
-    repeated: int = 0  # test images that are in the training set, too, byte for byte
 
 
 class Split(NamedTuple):

@@ -21,8 +21,11 @@ SIZE = 32  # side of every image, pixels
 DIGITS_SIZE = 16  # of scikit-learn's digits, which are 8×8: a demonstration in minutes
 
 
-class Arrays(NamedTuple):
-    """A data set in memory: images uint8 (N,3,S,S), labels int64 (N,)."""
+class Data(NamedTuple):
+    """A data set, whole: images uint8 (N,3,S,S), labels int64 (N,).
+
+    Arrays as they are read here, tensors on the device as `common.load_data` gives them.
+    """
 
     name: str  # as tables and plots call it
     classes: tuple
@@ -30,6 +33,7 @@ class Arrays(NamedTuple):
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    repeated: int = 0  # test images that are in the training set, too, byte for byte
 
 
 def cifar10(data_dir):
@@ -55,8 +59,8 @@ def cifar10(data_dir):
             f"{CIFAR10.filename} into {data_dir}; or --dataset folder with a tree "
             f"{data_dir}/train/<class>/**, {data_dir}/test/<class>/**; or --dataset digits, which "
             "needs no download") from None
-    return Arrays("CIFAR-10", tuple(train.classes), channels_first(train.data),
-                  np.array(train.targets), channels_first(test.data), np.array(test.targets))
+    return Data("CIFAR-10", tuple(train.classes), channels_first(train.data),
+                np.array(train.targets), channels_first(test.data), np.array(test.targets))
 
 
 @checkpoints.one_at_a_time
@@ -89,7 +93,7 @@ def folder(data_dir):
     name = image_folder.text_of(Path(data_dir).resolve().name)
     jpeg_copy = name == "cifar10-jpg" and tuple(tree.classes) == CIFAR10_CLASSES
     name = JPEG_COPY if jpeg_copy else f"folder {name}"
-    return Arrays(name, *tree)
+    return Data(name, *tree)
 
 
 def digits():
@@ -108,8 +112,8 @@ def digits():
     for c in range(10):
         test[np.flatnonzero(labels == c)[::5]] = True
     train = ~test
-    return Arrays("digits", tuple("0123456789"), images[train], labels[train], images[test],
-                  labels[test])
+    return Data("digits", tuple("0123456789"), images[train], labels[train], images[test],
+                labels[test])
 
 
 def channels_first(images):

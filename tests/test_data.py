@@ -205,7 +205,7 @@ def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsy
     test = np.concatenate([images[:3], images[:1], images[4:6] ^ 1])
     assert common.count_repeated(images, test) == 4
     labels = np.arange(8) % 2
-    arrays = datasets.Arrays("toy", ("a", "b"), images, labels, test, labels[:6])
+    arrays = datasets.Data("toy", ("a", "b"), images, labels, test, labels[:6])
     monkeypatch.setattr(datasets, "digits", lambda: arrays)
     assert common.load_data("digits", "x", CPU).repeated == 4
     assert "warning: 4 of 6 test images are also in the training set" in capsys.readouterr().out
