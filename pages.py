@@ -5,8 +5,8 @@ import html
 import re
 from pathlib import Path
 
+import canvas
 import checkpoints
-import plots
 import report
 
 SPECIAL = re.compile(r"[\\`*<>&|\[\]#~!$]|(?<!\w)_|_(?!\w)|[\r\n\t]")  # to Markdown or HTML
@@ -103,7 +103,7 @@ def write(path, text):
     try:
         report.write_text(path, page(text, Path(path).parent))
     except Exception as error:  # Markdown is not installed, or any other: the .md is there
-        print(f"{path}: no page ({plots.reason(error)}); the .md has the same text")
+        print(f"{path}: no page ({canvas.reason(error)}); the .md has the same text")
         checkpoints.remove([Path(path)], "as the page of an earlier summary")
 
 

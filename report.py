@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import canvas
 import checkpoints
 import common
 import metrics
@@ -604,5 +605,5 @@ def draw_umap(run, panels, measured):
                 label=np.concatenate([panel.labels for panel in drawn]),
                 panel=np.repeat([panel.title for panel in panels], sizes))
     except RunError as error:
-        print(f"{plots.reason(error)}; the tables are not affected")
+        print(f"{canvas.reason(error)}; the tables are not affected")
     plots.umap(run.path("_umap.png"), drawn, run)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import canvas
 import common
 import part3_augmented
-import plots
 import report
 
 import torch
@@ -162,9 +162,9 @@ def markdown(rows, caption):
     return "\n".join([*lines, "", text, ""])
 
 
-@plots.guarded
+@canvas.guarded
 def draw(path, rows, caption):
-    figure = plots.new_figure(2.8)
+    figure = canvas.new_figure(2.8)
     by_images, by_minutes = figure.subplots(1, 2, sharey=True)
     handles = []
     for name, color in COLORS.items():
@@ -177,8 +177,8 @@ def draw(path, rows, caption):
     by_minutes.set(xlabel="minutes of training")
     for axes in (by_images, by_minutes):
         axes.grid(True)
-    plots.legend(figure, handles, [TITLES[name] for name in COLORS])
-    plots.save(figure, path, caption)
+    canvas.legend(figure, handles, [TITLES[name] for name in COLORS])
+    canvas.save(figure, path, caption)
 
 
 def main():

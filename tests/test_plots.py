@@ -5,6 +5,7 @@ import re
 import sys
 import types
 
+import canvas
 import perturbations
 import plots
 
@@ -271,7 +272,7 @@ def test_a_failure_is_one_line_and_the_former_figure_goes(error, tmp_path, monke
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(plots.Figure, "savefig", fail)
+    monkeypatch.setattr(canvas.Figure, "savefig", fail)
     path = tmp_path / "part3_history.png"
     path.write_bytes(b"of an earlier model")
     assert plots.history(path, HISTORY, run_of()) is None
@@ -308,7 +309,7 @@ def test_an_interrupt_is_not_swallowed(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots.Figure, "savefig", interrupt)
+    monkeypatch.setattr(canvas.Figure, "savefig", interrupt)
     with pytest.raises(KeyboardInterrupt):
         plots.history(tmp_path / "x.png", HISTORY, run_of())
 
