@@ -217,6 +217,15 @@ def gives(array, row):
     return len(array) == row["n"] and abs(array.mean() - row["value"]) < 1e-6
 
 
+def heads_of(part):
+    """{(split, head): clean accuracy}, not of training images; of two rows the first counts."""
+    found = {}
+    for row in part.rows:
+        if (row["metric"], row["condition"]) == ("accuracy", "clean") and row["split"] != "train":
+            found.setdefault((row["split"], row["head"]), row["value"])
+    return found
+
+
 def rows_of_part(folder, file, name, left_out):
     """The rows of a table that are about the part `name`; what else it holds is left out."""
     mine = []

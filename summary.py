@@ -165,20 +165,14 @@ def calibration_table(study, table):
 
 def heads_table(study):
     """Clean accuracy of each head of each part."""
-    values = {}
-    columns = {}
-    for part in study.parts.values():
-        for row in part.rows:
-            clean = (row["metric"], row["condition"]) == ("accuracy", "clean")
-            if clean and row["split"] != "train":
-                column = f"{row['split']}, {escape(row['head'].replace('_', ' '))}"
-                columns[column] = None
-                values.setdefault((part.name, column), row["value"])
+    heads = {part.title: comparison.heads_of(part) for part in study.parts.values()}
+    columns = dict.fromkeys(key for found in heads.values() for key in found)  # once, in order
     body = []
-    for part in study.parts.values():
-        cells = [comparison.cell(values.get((part.name, column), math.nan)) for column in columns]
-        body.append((part.title, *cells))
-    return markdown_table(("accuracy, %", *columns), body)
+    for title, found in heads.items():
+        cells = [comparison.cell(found.get(key, math.nan)) for key in columns]
+        body.append((title, *cells))
+    names = [f"{split}, {escape(head.replace('_', ' '))}" for split, head in columns]
+    return markdown_table(("accuracy, %", *names), body)
 
 
 def audit_text(study):

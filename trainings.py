@@ -295,10 +295,10 @@ def head_table(studies, counts, titles):
     accuracies = {}  # head -> {part: (n,), one number a training, nan where there is none}
     for i, study in enumerate(studies):
         for part in study.parts.values():
-            for row in reversed(part.rows):  # so that a part's own table counts before part 2's
-                if (row["split"], row["condition"], row["metric"]) == ("test", "clean", "accuracy"):
+            for (split, head), value in comparison.heads_of(part).items():
+                if split == "test":
                     empty = {name: np.full(len(studies), math.nan) for name in counts}
-                    accuracies.setdefault(row["head"], empty)[part.name][i] = row["value"]
+                    accuracies.setdefault(head, empty)[part.name][i] = value
     heads = [head for head in HEADS if head in accuracies]
     body = []
     for name, n in counts.items():
