@@ -36,18 +36,14 @@ def atomic(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"cannot write {path}: {reason}; make it writable, or choose another "
-                       "directory") from None
-    try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before "
-                       "is unchanged; fix this, and start again (a part: with --resume)") from None
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is "
+                       "unchanged; fix this, or choose another directory, and start again (a part: "
+                       "with --resume)") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
