@@ -297,23 +297,6 @@ def test_impossible_data_is_one_line_in_every_figure(tmp_path, capsys):
     ]
 
 
-def test_a_folder_of_the_name_of_a_figure_is_one_line_and_kept(tmp_path, capsys):
-    (tmp_path / "x.png" / "notes").mkdir(parents=True)
-    plots.history(tmp_path / "x.png", HISTORY, run_of())
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "x.png: not drawn" in out
-    assert [p.name for p in tmp_path.rglob("*")] == ["x.png", "notes"]
-
-
-def test_an_interrupt_is_not_swallowed(tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(canvas.Figure, "savefig", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        plots.history(tmp_path / "x.png", HISTORY, run_of())
-
-
 # ---- nothing of the user's changes a figure, and no figure changes the user's ----
 
 HOSTILE = {

@@ -14,18 +14,9 @@ import part3_augmented
 import part4_angular
 import report
 
-import matplotlib
-import matplotlib.pyplot
 import pytest
 
-from .conftest import (
-    ROOT,
-    Narrow,
-    on_tree,
-    read,
-    script,
-    write_tree,
-)
+from .conftest import ROOT, on_tree, read, script, write_tree
 
 # ---- after main ---------------------------------------------------------------------------------
 
@@ -64,23 +55,6 @@ def test_no_claim_is_held_after_main(narrow, tree, mine, monkeypatch, ending):
             part1_baseline.main(argv)
     assert not checkpoints.LOCKS
     assert other_process_takes(mine, ["part1", "part2", "part3", "part4", "part4_robustness"])
-
-
-@pytest.mark.parametrize("style", [{}, {"backend": "svg", "font.size": 31.0}, {"text.usetex": True},
-                                   {"figure.dpi": 1.0, "axes.titlesize": 99, "savefig.dpi": 3.0}])
-def test_the_users_backend_and_style_stay_and_do_not_show(tree, mine, monkeypatch, style):
-    monkeypatch.setattr("torchvision.models.resnet18", Narrow)  # figures are drawn
-    part1_baseline.main([str(word) for word in on_tree(tree, mine)])
-    plain = (mine / "part1_confusion.png").read_bytes()
-    backend = style.pop("backend", "agg")
-    matplotlib.pyplot.switch_backend(backend)
-    with matplotlib.rc_context(style):
-        before = dict(matplotlib.rcParams)
-        part1_baseline.main([str(word) for word in on_tree(tree, mine)])
-        assert dict(matplotlib.rcParams) == before
-        assert matplotlib.get_backend() == backend
-        assert not matplotlib.pyplot.get_fignums()
-    assert (mine / "part1_confusion.png").read_bytes() == plain
 
 
 def test_a_notebooks_backend_is_not_asked_for_in_a_part_that_it_starts():
