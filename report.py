@@ -35,11 +35,14 @@ LABELS = {"part1": "cross-entropy", "part3": "augmented", "part3_crop_flip": "cr
           "part4_proxies_augmented": "Angular + proxies, augmented"}
 LOSSES = {"angular": "Angular", "arcface": "ArcFace", "cosface": "CosFace",
           "sphereface": "SphereFace"}
-FIGURES = ("_history.png", "_confusion.png", "_umap.png", "_umap.npz")  # of a training
-ROBUSTNESS_FIGURES = ("_severities.png", "_examples.png", "_fgsm.png", "_adversarial.png",
-                      "_umap.png", "_umap.npz")
+FIGURES = {"_history.png": "learning curve", "_confusion.png": "confusion matrix",
+           "_umap.png": "UMAP of unseen images"}  # of a training
+ROBUSTNESS_FIGURES = {
+    "_severities.png": "accuracy by severity", "_examples.png": "perturbed images",
+    "_fgsm.png": "accuracy under attack", "_adversarial.png": "attacked images",
+    "_umap.png": "UMAP of clean, perturbed and attacked images"}
 # in the order of their removal: the last ones say of which weights all are
-ROBUSTNESS_FILES = (*ROBUSTNESS_FIGURES, "_state.pt", "_correct.npz", ".json", ".csv")
+ROBUSTNESS_FILES = (*ROBUSTNESS_FIGURES, "_umap.npz", "_state.pt", "_correct.npz", ".json", ".csv")
 REWRITE = "move it away; its part will write it again"
 OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "cleverhans", "umap-learn")
@@ -467,7 +470,7 @@ def remove_figures(run, endings):
     if run.args["no_umap"]:
         checkpoints.remove([run.path("_umap.npz"), run.path("_umap.png")],
                            "since --no-umap makes no new ones")
-    for ending in endings:
+    for ending in (*endings, "_umap.npz"):
         with contextlib.suppress(OSError):
             run.path(ending).unlink(missing_ok=True)
 

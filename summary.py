@@ -30,11 +30,6 @@ from trainings import compare_trainings
 import numpy as np
 
 STUDY = ("part1", "part3", "part4")  # the other parts are variants of these
-FIGURES = {"history": "learning curve", "confusion": "confusion matrix",
-           "umap": "UMAP of unseen images"}
-PART2_FIGURES = {"severities": "accuracy by severity", "examples": "perturbed images",
-                 "fgsm": "accuracy under attack", "adversarial": "attacked images",
-                 "umap": "UMAP of clean, perturbed and attacked images"}
 QUESTIONS = {
     "part1": "How well does a network generalize from {share} of the training images?",
     "part3": "What does perturbed training data change?",
@@ -221,16 +216,16 @@ def missing(study):
 
 def figures(study):
     """The figures that are there, as Markdown images; of a part without a table none."""
-    captions = {"comparison": "All parts on the test set"}
+    captions = {"comparison.png": "All parts on the test set"}
     for part in study.parts.values():
         if part.has_own:  # else they are of a former model
-            for ending, what in FIGURES.items():
-                captions[f"{part.name}_{ending}"] = f"{part.title}: {what}"
+            for ending, what in report.FIGURES.items():
+                captions[f"{part.name}{ending}"] = f"{part.title}: {what}"
         if part.has_part2:
-            for ending, what in PART2_FIGURES.items():
-                captions[f"{report.robustness_name(part.name)}_{ending}"] = f"{part.title}: {what}"
-    return [f"![{caption}]({name}.png)" for name, caption in captions.items()
-            if (study.folder / f"{name}.png").is_file()]
+            for ending, what in report.ROBUSTNESS_FIGURES.items():
+                captions[f"{report.robustness_name(part.name)}{ending}"] = f"{part.title}: {what}"
+    return [f"![{caption}]({name})" for name, caption in captions.items()
+            if (study.folder / name).is_file()]
 
 
 TESTED = (
