@@ -207,16 +207,6 @@ def test_part2_works_on_every_checkpoint_alone_and_says_the_same_again(results, 
     assert {key: first[key] for key in again} == again
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_part2_computes_in_the_precision_of_the_training(results, tmp_path, amp):
-    model, meta = common.load_checkpoint(results / "part1.pt", "cpu")
-    meta = meta | {"args": meta["args"] | {"amp": "auto"}, "amp": amp}
-    common.save_checkpoint(tmp_path / "part1.pt", model, meta)
-    out, _ = run("part2_robustness", "--checkpoint", tmp_path / "part1.pt", "--results-dir",
-                 tmp_path, "--no-umap", "--perturbations", "horizontal_flip", "--eps-255", 0)
-    assert f"mixed precision {amp}" in out
-
-
 def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
     data = write_tree(tmp_path / "data", datasets.CIFAR10_CLASSES, n=4)
     run("part1_baseline", "--dataset", "folder", "--data-dir", data, "--train-fraction", 0.5,

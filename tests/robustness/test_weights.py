@@ -129,15 +129,6 @@ def test_the_comparison_leaves_out_what_is_of_other_weights_and_says_so(
                        for key, images in part.correct.items())
 
 
-def test_part_2_results_of_former_weights_are_removed_by_the_next_training(tree, mine):
-    code, error, out = call("part1_baseline", on_tree(tree, mine, "--seed", 3))
-    assert code == 0, error
-    assert not list(mine.glob("part2*"))
-    assert out.count("Removed") == 1
-    assert {row["weights"] for row in read(mine / "comparison.csv") if row["part"] == "part1"} == {
-        weights_of(mine / "part1.pt")}
-
-
 def test_a_run_killed_while_it_removes_part_2s_results_goes_on_with_it(tree, mine, monkeypatch):
     remove = checkpoints.remove
 
