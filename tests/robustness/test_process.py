@@ -31,10 +31,6 @@ def other_process_takes(folder, names):
     return True
 
 
-def fails(*args):
-    raise RuntimeError("a bug")
-
-
 @pytest.mark.parametrize("ending", ["returns", "is refused", "raises", "is interrupted"])
 def test_no_claim_is_held_after_main(narrow, tree, mine, monkeypatch, ending):
     argv = [str(word) for word in on_tree(tree, mine)]
