@@ -111,10 +111,11 @@ TREES = {"nowhere": "nowhere/train does not exist", "one_class": "at least two",
          "no_test": "no image", "zero_bytes": "ant/0.png", "text": "bee/3.png",
          "cut": "ant/1.png", "other_classes": "the same in train and test",
          "empty_class": "no image", "no_train": "no_train/train does not exist"}
-CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "nan", "zeroed",
-               "integers", "less", "outside", "no_args", "dataset", "fraction", "outputs",
-               "classes", "another", "weights", "empty", "text", "cut")
-PART2 = [(["--checkpoint", "{top}"], "not a checkpoint"), (["--severities", "0"], "--severities"),
+CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "nan", "integers",
+               "less", "outside", "no_args", "dataset", "fraction", "outputs", "classes",
+               "another", "weights", "empty", "text", "cut")
+PART2 = [(["--checkpoint", "{top}/zeroed.pt"], "it was written with the weights"),
+         (["--checkpoint", "{top}"], "not a checkpoint"), (["--severities", "0"], "--severities"),
          (["--severities", "6"], "--severities"), (["--severities"], "--severities"),
          (["--perturbations", "fog"], "gaussian_noise"), (["--eps-255", "-1"], "--eps-255"),
          (["--eps-255", "nan"], "--eps-255"), (["--norm", "1"], "--norm"),
@@ -155,11 +156,6 @@ def wrong_command_lines():
 
 
 WRONG = wrong_command_lines()
-
-
-def test_there_are_enough_of_them():
-    assert len(WRONG) >= 100
-    assert {script for script, *_ in WRONG} == set(PARTS)
 
 
 @pytest.mark.parametrize(("script", "words", "code", "message"), WRONG,
