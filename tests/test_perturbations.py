@@ -135,16 +135,10 @@ def test_pixelate_shows_the_means_of_large_pixels(severity, size, photos):
     assert torch.allclose(apply("pixelate", images, severity), repeated, atol=1e-12)
 
 
-def test_geometry_against_torchvision(photos, monkeypatch):
+def test_flips_against_torchvision(photos):
     images = photos / 255
     assert torch.equal(apply("horizontal_flip", images), tv.horizontal_flip(images))
     assert torch.equal(apply("vertical_flip", images), tv.vertical_flip(images))
-    same_strength(monkeypatch, 1)
-    bilinear = tv.InterpolationMode.BILINEAR  # torchvision's best for tensors
-    turned = tv.rotate(images, 15, interpolation=bilinear)
-    assert torch.allclose(apply("rotation", images, 3)[INSIDE], turned[INSIDE], atol=0.03)
-    larger = tv.affine(images, 0, [0, 0], 1.24, [0], interpolation=bilinear)
-    assert torch.allclose(apply("scale", images, 3)[INSIDE], larger[INSIDE], atol=0.03)
 
 
 INSIDE = (slice(None), slice(None), slice(9, 23), slice(9, 23))  # what no border can reach
