@@ -323,7 +323,7 @@ def tested_weights(path):
 
 
 def goes_on(path, wanted, key, epochs=None):
-    """Whether there is a state and it is `wanted`; one line where a run is not what it may seem.
+    """Whether a state is there and `wanted`; one line if it is one alone, but for an ended run's.
 
     key: what of the state says how far it came: an epoch, of `epochs`, or a list of conditions.
     """
