@@ -1,5 +1,6 @@
 """The comparison: what it joins, what it says, and what it refuses to."""
 
+import contextlib
 import csv
 import html.parser
 import json
@@ -71,10 +72,21 @@ def two_parts(folder, ours, theirs, order=0):
 def verdicts_of(folder, part="part3", reference="part1"):
     """{(condition, severity): row of comparison.csv} of a part against a reference."""
     summary.compare(folder)
-    with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
-        return {(row["condition"], row["severity"]): row for row in csv.DictReader(file)
-                if (row["part"], row["reference"]) == (part, reference)
-                and row["split"] == "test"}
+    return {(row["condition"], row["severity"]): row for row in read(folder / "comparison.csv")
+            if (row["part"], row["reference"]) == (part, reference) and row["split"] == "test"}
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@contextlib.contextmanager
+def edited(path):
+    """The record in a file, which is written again with what the block changes."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    yield record
+    path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def text_of(folder):
@@ -215,9 +227,8 @@ def test_p_values_can_be_recomputed_from_the_npz_files_alone(tmp_path):
         for i, key in enumerate(mine):  # Holm, by its definition
             largest = max(largest, min(1, (len(mine) - i) * p_values[key]))
             corrected[key] = largest
-    with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
-        found = {f"{row['split']}/{row['condition']}/{row['severity']}": float(row["p_holm"])
-                 for row in csv.DictReader(file) if row["reference"] == "part1"}
+    found = {f"{row['split']}/{row['condition']}/{row['severity']}": float(row["p_holm"])
+             for row in read(tmp_path / "comparison.csv") if row["reference"] == "part1"}
     assert found == pytest.approx(corrected, rel=1e-5)
     assert "evaluation/clean/" in found and len(found) == 6
     assert len({value < 0.05 for value in found.values()}) == 2  # both verdicts occur
@@ -237,8 +248,7 @@ def test_every_reference_has_its_rows(tmp_path):
                                     ("part4_proxies_augmented", "0" * 12, 0.6)):
         write(run_of(tmp_path, part, part, weights), {CLEAN: accuracy})
     summary.compare(tmp_path)
-    with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
-        found = {(row["part"], row["reference"]): row for row in csv.DictReader(file)}
+    found = {(row["part"], row["reference"]): row for row in read(tmp_path / "comparison.csv")}
     assert set(found) == {("part1", ""), ("part3", "part1"), ("part3", "part3_crop_flip"),
                           ("part3_crop_flip", "part1"), ("part4_augmented", "part3"),
                           ("part4_proxies", "part1"), ("part4", "part1"),
@@ -299,13 +309,10 @@ def test_jpeg_on_the_jpeg_copy_is_marked_and_no_held_out_perturbation(tmp_path):
 
 def test_a_perturbation_that_is_newer_than_part_3_was_not_trained_on(tmp_path):
     two_parts(tmp_path, {"gaussian_noise": 0.65, "rotation": 0.5}, {"rotation": 0.4})
-    path = tmp_path / "part3.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["args"]["shares"] = {"rotation": 4}  # no noise was there then
-    path.write_text(json.dumps(record), encoding="utf-8")
+    with edited(tmp_path / "part3.json") as record:
+        record["args"]["shares"] = {"rotation": 4}  # no noise was there then
     summary.compare(tmp_path)
-    with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
-        said = {row["condition"]: row["in_part3_training"] for row in csv.DictReader(file)}
+    said = {row["condition"]: row["in_part3_training"] for row in read(tmp_path / "comparison.csv")}
     assert (said["gaussian_noise"], said["rotation"]) == ("no", "yes")
 
 
@@ -707,9 +714,9 @@ def test_text_of_the_user_breaks_out_of_no_table_and_no_page(tmp_path, odd):
 
 def test_surrogates_of_a_record_do_not_cost_the_summary(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
-    record = json.loads((tmp_path / "part1.json").read_text(encoding="utf-8"))
-    record |= {"command": "python \ud800", "args": {"loss": ["?"], "families": 3, "x": "\ud800"}}
-    (tmp_path / "part1.json").write_text(json.dumps(record), encoding="utf-8")
+    with edited(tmp_path / "part1.json") as record:
+        record["command"] = "python \ud800"
+        record["args"] = {"loss": ["?"], "families": 3, "x": "\ud800"}
     assert "part1 (cross-entropy)" in text_of(tmp_path)
 
 
@@ -756,11 +763,15 @@ def training(parent, seed, part1, part3=None, **args):
     return folder
 
 
+def trainings_text(folders):
+    trainings.compare_trainings(folders)
+    return (folders[0].parent / "trainings.md").read_text(encoding="utf-8")
+
+
 def method(parent, folders):
     """{(line, part): row of trainings.csv}."""
     trainings.compare_trainings(folders)
-    with open(parent / "trainings.csv", newline="", encoding="utf-8") as file:
-        return {(row["line"], row["part"]): row for row in csv.DictReader(file)}
+    return {(row["line"], row["part"]): row for row in read(parent / "trainings.csv")}
 
 
 def test_mean_and_deviation_over_trainings_of_different_splits(tmp_path):
@@ -786,8 +797,7 @@ def test_the_same_head_on_both_parts_by_a_hand_calculation(tmp_path):
             write(again, {CLEAN: 0.5})  # part 2's figure, after the part's own
         folders.append(folder)
     append(run, head_row(run, "test", "probe", 0.9))  # of one training alone
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     table = text[text.index("## Loss or head?") : text.index("## What ran")]
     assert "| accuracy on the test set, % | own | knn | probe |" in table
     assert "| part1 (cross-entropy) | 70.0 ± 0.0 | 60.0 ± 0.0 | - |" in table
@@ -845,8 +855,7 @@ def test_what_perturbations_cost_is_one_quantity_for_one_and_for_several_trainin
               perturbed(jpeg=0.8, rotation=0.6, pixelate=0.4))
         folders.append(folder)
         assert "accuracy | +30.0 points" in text_of(folder)  # 0.9 - (0.8 + 0.6 + 0.4) / 3
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     assert re.search(r"Perturbations cost part1 \(cross-entropy\) accuracy \| \+30\.0 points", text)
 
 
@@ -863,8 +872,7 @@ def test_what_several_trainings_say_of_part_1_alone(tmp_path):
     folders = [training(tmp_path, seed, {("train", "clean", ""): 0.7 + gap, CLEAN: 0.7}
                         | perturbed(rotation=0.7 - loss))
                for seed, (gap, loss) in enumerate(zip(*costs.values(), strict=True))]
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     gap, loss = (ttest_rel(values, (0, 0, 0)).pvalue for values in costs.values())
     assert loss < gap  # so that Holm doubles it
     for what, mean, p_value in (("training images", "+5.0", gap),
@@ -907,8 +915,7 @@ def test_a_verdict_on_attacks_stands_if_every_training_gives_it(tmp_path, again,
     for seed, accuracy in enumerate((0.4, again)):
         attacked = {} if accuracy is None else perturbed(worst_case=accuracy)
         folders.append(training(tmp_path, seed, {CLEAN: 0.7} | attacked))
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     [line] = [line for line in text.splitlines() if "is not robust to" in line]
     assert f"| **{verdict}** |" in line
 
@@ -946,20 +953,16 @@ def test_trainings_that_differ_in_an_argument_are_refused(tmp_path, name, flag):
 def test_other_code_precision_and_device_are_told(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}, {CLEAN: 0.6})
                for seed in (0, 1, 2)]
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     assert text.count("mixed precision off; device cpu; torch 2") == 3
     assert "Not all of these" not in text
-    record = json.loads((folders[0] / "part1.json").read_text(encoding="utf-8"))
     for change, said in (({"amp": "bf16"}, "mixed precision"), ({"amp": ["?"]}, "mixed precision"),
                          ({"device": "NVIDIA H100"}, "device"),
                          ({"versions": {"commit": "abc", "torch": "2"}}, "commit")):
         for folder in folders:  # part 1 alone: all directories are alike
-            old = json.loads((folder / "part1.json").read_text(encoding="utf-8"))
-            kept = {"weights": old["weights"], "args": old["args"]}
-            (folder / "part1.json").write_text(json.dumps(record | change | kept), "utf-8")
-        trainings.compare_trainings(folders)
-        text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+            with edited(folder / "part1.json") as record:
+                record |= {"amp": "off", "device": "cpu", "versions": {"torch": "2"}} | change
+        text = trainings_text(folders)
         assert f"- **Not all of these have the same {said}.**" in text
 
 
@@ -978,8 +981,8 @@ def test_other_data_of_the_same_name_are_refused(tmp_path):
     for key, other, match in (("classes", ["cow", "dog"], r"seed0 has the classes \['cat'"),
                               ("sizes", {"test": 60}, "seed0 has the numbers of images .* 60")):
         folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1)]
-        path = folders[1] / "part1.json"
-        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {key: other}), "utf-8")
+        with edited(folders[1] / "part1.json") as record:
+            record[key] = other
         with pytest.raises(UsageError, match=match):
             trainings.compare_trainings(folders)
 
@@ -1040,8 +1043,7 @@ def test_arguments_in_which_part_and_reference_differ_stand_with_their_table(tmp
         write(run_of(folder, "part3", "part3", *about, epochs=200), {CLEAN: 0.8})
         write(run_of(folder, "part3_robustness", "part3", *about, attack_images=9),
               perturbed(rotation=0.6))
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     assert "Their trainings differ in `--epochs` (200; part1 6)." in text
     assert ("Their tests by part 2 differ in no argument that both have; arguments that only one "
             "has: `--attack-images` 9. (By the records in `") in text
@@ -1069,10 +1071,8 @@ def test_held_out_is_said_of_part_3_alone_where_part_4_trains_on_more(tmp_path):
 def test_shares_are_compared_where_both_records_have_them(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5}) for seed in (0, 1, 2)]
     for folder, shares in zip(folders[1:], ({"rotation": 4}, {"rotation": 2}), strict=True):
-        path = folder / "part1.json"
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["args"]["shares"] = shares
-        path.write_text(json.dumps(record), encoding="utf-8")
+        with edited(folder / "part1.json") as record:
+            record["args"]["shares"] = shares
     trainings.compare_trainings(folders[:2])  # an older record has none
     with pytest.raises(UsageError, match=r"part1 has SHARES \(part3_augmented.py\) .*4.* and .*2"):
         trainings.compare_trainings(folders[1:])
@@ -1081,8 +1081,7 @@ def test_shares_are_compared_where_both_records_have_them(tmp_path):
 def test_compiled_trainings_are_compared_with_others_and_told(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}, {CLEAN: 0.6}, compile=seed > 1)
                for seed in (0, 1, 2)]
-    trainings.compare_trainings(folders)
-    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    text = trainings_text(folders)
     assert text.count("--compile False") == 2
     assert text.count("--compile True") == 1
     assert "- **Not all of these have the same --compile.**" in text
@@ -1160,9 +1159,8 @@ def test_figures_without_a_table_of_their_own_are_not_shown(tmp_path):
 def test_trainings_of_other_optimizers_are_not_averaged(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.7}) for seed in (1, 2)]
     for folder, optimizer in zip(folders, ("Muon (lr 0.02)", "AdamW (lr 0.001)"), strict=True):
-        record = json.loads((folder / "part1.json").read_text(encoding="utf-8"))
-        record["versions"]["optimizer"] = optimizer
-        (folder / "part1.json").write_text(json.dumps(record), encoding="utf-8")
+        with edited(folder / "part1.json") as record:
+            record["versions"]["optimizer"] = optimizer
     with pytest.raises(UsageError, match=r"optimizer Muon \(lr 0.02\) in .* and AdamW"):
         trainings.compare_trainings(folders)
 
