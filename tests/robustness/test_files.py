@@ -404,14 +404,7 @@ def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
         if ",cutout," not in text:
             pytest.skip("no text to change")
     (mine / name).write_bytes(resaved(text, how))
-    before = contents(mine)
-    monkeypatch.setattr(common, "Model", None)  # nothing is trained
-    code, error, _ = call("part1_baseline", on_tree(tree, mine))
-    assert code == 2, error
-    assert is_sentence(error)
-    assert name in error
-    assert "move it away; its part will write it again" in error
-    assert contents(mine) == before
+    refused_before_training(tree, mine, monkeypatch, name)
 
 
 def test_a_table_with_a_byte_order_mark_and_other_line_ends_is_read(mine):
@@ -448,11 +441,12 @@ def test_a_damaged_file_of_correct_images_is_one_sentence_before_any_training(
 
 def refused_before_training(tree, results, monkeypatch, name):
     before = contents(results)
-    monkeypatch.setattr(common, "Model", None)
+    monkeypatch.setattr(common, "Model", None)  # nothing is trained
     code, error, _ = call("part1_baseline", on_tree(tree, results))
     assert code == 2, error
     assert is_sentence(error)
     assert name in error
+    assert "move it away; its part will write it again" in error
     assert contents(results) == before
 
 
