@@ -26,10 +26,10 @@ class EpochMeter:
         self.correct = 0
         self.images = 0
         self.steps = 0
-        self.rate = math.nan
+        self.start = self.last = math.nan  # of the first batch, of the last one counted
 
     def __iter__(self):
-        start = time.perf_counter()
+        self.start = time.perf_counter()
         long = self.epoch == 0 and self.left > 20 * TIMED_STEPS
         for batch in self.bar:
             yield batch
@@ -42,11 +42,6 @@ class EpochMeter:
                 print(f"about {duration(seconds)} for {self.left:,} steps", flush=True)
             if not self.bar.disable and self.steps % 10 == 0:  # waits only where a person watches
                 self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
-        self.rate = self.images / (time.perf_counter() - start)
-        self.loss = float(self.loss) / self.steps
-        if not math.isfinite(self.loss):
-            raise RunError(f"the loss became {self.loss} in epoch {self.epoch + 1}; try a lower "
-                           "--lr or --amp off")
 
     def add(self, loss, labels, logits=None):
         """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C).
@@ -62,14 +57,23 @@ class EpochMeter:
             self.correct = math.nan
         else:
             self.correct = self.correct + (logits.detach().argmax(1) == labels).sum()
+        self.last = time.perf_counter()
 
     def finish(self, evaluation_accuracy, eval_n, scheduler):
-        """Prints and returns the epoch's history row, with the accuracy on `eval_n` images."""
+        """Prints and returns the epoch's history row, with the accuracy on `eval_n` images.
+
+        Raises RunError if the loss is not finite.
+        """
+        loss = float(self.loss) / self.steps
+        if not math.isfinite(loss):
+            raise RunError(f"the loss became {loss} in epoch {self.epoch + 1}; try a lower --lr or "
+                           "--amp off")
+        rate = self.images / (self.last - self.start)
         train_accuracy = float(self.correct) / self.images
         train = f"train {train_accuracy:.3f}  " if math.isfinite(train_accuracy) else ""
-        print(f"epoch {self.epoch + 1:3d}  loss {self.loss:6.3f}  {train}evaluation "
-              f"{evaluation_accuracy:.3f} of {eval_n}  {self.rate:6.0f} images/s", flush=True)
-        return {"epoch": self.epoch + 1, "loss": self.loss, "train_accuracy": train_accuracy,
+        print(f"epoch {self.epoch + 1:3d}  loss {loss:6.3f}  {train}evaluation "
+              f"{evaluation_accuracy:.3f} of {eval_n}  {rate:6.0f} images/s", flush=True)
+        return {"epoch": self.epoch + 1, "loss": loss, "train_accuracy": train_accuracy,
                 "eval_accuracy": evaluation_accuracy, "eval_n": eval_n,
                 "lr": scheduler.get_last_lr()[0]}
 

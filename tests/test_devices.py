@@ -45,8 +45,6 @@ def steps_in(monkeypatch):
                 with context():
                     yield batch
                     batch = next(batches, None)
-            epoch.loss = float(epoch.loss) / epoch.steps
-            epoch.rate = 0.0
 
         monkeypatch.setattr(terminal.EpochMeter, "__iter__", iterate)
     return install

@@ -1,5 +1,6 @@
 """What a part reports, against scikit-learn or values worked by hand."""
 
+import math
 import os
 import types
 from dataclasses import replace
@@ -8,6 +9,7 @@ import common
 import plots
 import report
 import terminal
+from arguments import RunError
 
 import numpy as np
 import pytest
@@ -82,6 +84,21 @@ def test_an_epochs_loss_is_the_mean_of_its_steps_and_its_accuracy_of_its_images(
     row = meter.finish(0.5, 10, types.SimpleNamespace(get_last_lr=lambda: [0.1]))
     assert row == {"epoch": 1, "loss": 2, "train_accuracy": 0.75, "eval_accuracy": 0.5,
                    "eval_n": 10, "lr": 0.1}
+
+
+@pytest.mark.parametrize("loss", [3.0, math.nan])
+def test_an_epoch_that_a_student_breaks_off_is_counted_and_checked(loss):
+    meter = terminal.EpochMeter(0, 1, [None] * 9, 9)
+    for _ in meter:
+        meter.add(torch.tensor(loss), torch.tensor([0]))
+        if meter.steps == 2:
+            break
+    scheduler = types.SimpleNamespace(get_last_lr=lambda: [0.1])
+    if math.isnan(loss):
+        with pytest.raises(RunError, match="the loss became nan in epoch 1"):
+            meter.finish(0.5, 10, scheduler)
+    else:
+        assert meter.finish(0.5, 10, scheduler)["loss"] == 3
 
 
 def test_mixed_labels_count_as_the_class_of_the_largest_share():
