@@ -1,5 +1,6 @@
 """`make study`: what it runs, in which order, and that parts which end together take turns."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -34,8 +35,9 @@ def study(tmp_path):
 
     def run(*words, goal="study"):
         (tmp_path / "commands.txt").write_text("", encoding="utf-8")
-        subprocess.run(["make", goal, "VENV=v", f"BIN={tmp_path}/bin", *words], cwd=tmp_path,
-                       capture_output=True, check=False)
+        done = subprocess.run(["make", goal, "VENV=v", f"BIN={tmp_path}/bin", *words], cwd=tmp_path,
+                              capture_output=True, check=False, encoding="utf-8")
+        run.said = done.stdout
         return (tmp_path / "commands.txt").read_text(encoding="utf-8").splitlines()
 
     return run
@@ -91,6 +93,21 @@ def test_the_arguments_of_part_2_reach_it(study):
 @pytest.mark.parametrize("word", ["RESULTS=", "RESULTS=a b", "SEEDS="])
 def test_what_an_unset_variable_leaves_empty_is_refused(study, word):
     assert study(word, goal="run") == []  # RESULTS= would be /study, SEEDS= a study of nothing
+
+
+def test_code_that_was_edited_after_a_training_is_told(study, tmp_path):
+    """What is finished is not made again: its results are of the code before."""
+    code = tmp_path / "part1_baseline.py"
+    code.touch()
+    os.utime(code, (0, 0))
+    words = "SEEDS=1", "STUDIED=part1 part3"
+    assert len(study(*words)) == 4
+    assert study(*words) == [] and "older" not in study.said
+    stamp = "results/study/seed1/part1.trained"
+    os.utime(code, (2**31, 2**31))
+    assert study(*words) == []
+    assert study.said.count("is older than part1_baseline.py, but is not made anew") == 1
+    assert stamp in study.said
 
 
 @pytest.mark.parametrize(("part", "script"), [("part3", "part3_augmented.py"),
