@@ -30,7 +30,7 @@ BLOCK = 500  # images frozen together: part of the perturbed test set's definiti
 
 
 def perturbation(family, has_severity=True):
-    """Registers a perturbation by its name; checks its severity, keeps its output in [0,1]."""
+    """Registers a perturbation by its name; checks its severity and result, clips to [0,1]."""
 
     def register(function):
         name = function.__name__
@@ -39,7 +39,11 @@ def perturbation(family, has_severity=True):
         def checked(images, severity, generator):
             if severity not in (1, 2, 3, 4, 5):
                 raise ValueError(f"{name}: severity {severity!r} is not one of 1, 2, 3, 4, 5")
-            return function(images, int(severity) - 1, generator).clamp(0, 1)
+            result = function(images, int(severity) - 1, generator)
+            if (result.shape, result.dtype) != (images.shape, images.dtype):
+                raise ValueError(f"{name} returned {result.dtype} of the shape {*result.shape,}, "
+                                 f"expected {images.dtype} of {*images.shape,}, in [0,1]")
+            return result.clamp(0, 1)
 
         PERTURBATIONS[name] = checked
         FAMILY[name] = family
@@ -381,6 +385,8 @@ def perturb(images, name, severity):
         filled = torch.cat([block, block.new_zeros(BLOCK - len(block), *block.shape[1:])])
         seed = zlib.crc32(f"{name} {severity} {start}".encode())
         generator = torch.Generator().manual_seed(seed)
-        perturbed = PERTURBATIONS[name](filled.double() / 255, severity, generator)
-        result[start : start + BLOCK] = to_uint8(perturbed)[: len(block)]
+        perturbed = PERTURBATIONS[name](filled.double() / 255, severity, generator)[: len(block)]
+        if not perturbed.isfinite().all():
+            raise ValueError(f"{name}, severity {severity}: returned pixels that are not finite")
+        result[start : start + BLOCK] = to_uint8(perturbed)
     return result.to(images.device)

@@ -42,6 +42,22 @@ def test_contract(name, dtype, photos):
         apply(name, images, 6)
 
 
+@pytest.mark.parametrize(("result", "told"), [
+    (lambda images: (images * 255).byte(), r"torch.uint8 of the shape \(40, 3, 32, 32\)"),
+    (lambda images: images[0], r"of the shape \(3, 32, 32\)"),  # would become every image
+    (lambda images: images / 0, "pixels that are not finite")])
+def test_what_a_students_perturbation_may_not_return(result, told, photos, monkeypatch):
+    def mine(images, level, generator):
+        return result(images)
+
+    for registry in (PERTURBATIONS, FAMILY):
+        monkeypatch.setitem(registry, "mine", "")  # so that it is taken out again
+    perturbations.perturbation("color")(mine)
+    monkeypatch.setattr(perturbations, "BLOCK", len(photos))
+    with pytest.raises(ValueError, match=f"mine.* {told}"):
+        common.perturb(photos, "mine", 3)
+
+
 @pytest.mark.parametrize("name", [n for n in PERTURBATIONS if n not in NO_SEVERITY])
 def test_strength_grows_with_severity(name, photos):
     images = photos / 255
