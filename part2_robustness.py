@@ -26,6 +26,7 @@ import arguments
 import audit
 import checkpoints
 import common
+import comparison
 import datasets
 import metrics
 import plots
@@ -147,7 +148,8 @@ def start(args, model, meta, data, split, device, amp):
         if meta[key] != ours:
             raise UsageError(f"{args.checkpoint} was trained on the {what} {meta[key]}, this run "
                              f"has {ours}; leave out --dataset, --data-dir, --train-fraction, "
-                             "--split-seed and --quick to use its own")
+                             "--split-seed and --quick to use its own; an edit of the data belongs "
+                             "in common.load_data, which all parts call")
     part = meta["part"]
     weights = checkpoints.weights_hash(model)
     checkpoints.lock(args.results_dir, part)  # no training may replace it from here on
@@ -331,7 +333,7 @@ def attack(args, run, model, images, labels, part1=None):
     clean = common.predict(model, images, float32).logits
     directions = make_directions(args, names, model, images, labels, clean, part1)
 
-    predicted = {}  # (attack, eps in 1/255) → labels (n,), or (len(pgd_idx),) of PGD
+    predicted = {}  # (attack, eps in 1/255) → labels (n,), or (len(pgd_idx),) of "pgd…"
     features = {}
     examples = []
     excess = 0.0  # largest |delta| - eps
@@ -357,6 +359,9 @@ def attack(args, run, model, images, labels, part1=None):
     right = {}
     rows = []
     for (name, eps_255), found in predicted.items():
+        if not name.startswith(comparison.ATTACKS):
+            raise UsageError(f"comparison.ATTACKS has no beginning of the name {name!r}, without "
+                             "which tables and tests take this attack for a perturbation; add one")
         place = (run, "test", name, f"{eps_255:g}", "own", found)
         truth = labels[pgd_idx] if name.startswith(names.pgd) else labels
         right[name, eps_255] = found == truth

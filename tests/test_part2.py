@@ -230,6 +230,20 @@ def test_attacks_are_in_float32_also_after_a_training_in_bf16(study):
     assert not any(inside)
 
 
+def test_a_students_attack_is_not_taken_for_a_perturbation(study, monkeypatch):
+    make_directions = part2_robustness.make_directions
+
+    def with_mine(args, names, *rest):
+        found = make_directions(args, names, *rest)
+        return found | {"deepfool": found[names.fgsm]}
+
+    monkeypatch.setattr(part2_robustness, "make_directions", with_mine)
+    args = part2_robustness.parse_args(["--eps-255", "8", "--audit-images", "10"])
+    with pytest.raises(UsageError, match="comparison.ATTACKS has no beginning .* 'deepfool'"):
+        part2_robustness.attack(args, study.run, study.model, study.images[:10] / 255,
+                                study.labels[:10])
+
+
 def test_one_image_that_is_moved_too_far_is_found():
     images = torch.full((3, 3, 2, 2), 0.5)
     adversarial = images + 0.1
