@@ -162,7 +162,13 @@ def stratified_split(labels, fraction=0.2, seed=0):
 
 
 def split_data(data, fraction, seed):
-    """The Split of `data`. Raises UsageError if the fraction leaves a class empty."""
+    """The Split of `data`. Raises UsageError if it or the fraction leaves a class empty."""
+    for what, labels in (("training", data.train_labels), ("test", data.test_labels)):
+        found = labels.unique().tolist()
+        if found != list(range(len(data.classes))):
+            raise UsageError(f"the {what} images have the labels {found}, but there are "
+                             f"{len(data.classes)} classes; a class that is taken out must be "
+                             "taken out of names, images and labels, and those after it renumbered")
     try:
         train, rest = stratified_split(data.train_labels, fraction, seed)
     except ValueError:

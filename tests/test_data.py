@@ -68,6 +68,21 @@ def test_a_class_too_small_is_named_with_the_fractions_that_work():
         common.split_data(alone, 0.2, 0)
 
 
+@pytest.mark.parametrize("where", ["training", "test"])
+def test_a_class_without_images_is_refused_before_it_is_trained_on(legible, where):
+    """As where a student takes a class out of the images alone."""
+    kept = legible.train_labels != 3
+    if where == "training":
+        data = legible._replace(train_images=legible.train_images[kept],
+                                train_labels=legible.train_labels[kept])
+    else:
+        data = legible._replace(test_images=legible.test_images[kept],
+                                test_labels=legible.test_labels[kept])
+    said = rf"the {where} images have the labels \[0, 1, 2, 4\], but there are 5 classes"
+    with pytest.raises(UsageError, match=said):
+        common.split_data(data, 0.5, 0)
+
+
 @pytest.fixture
 def legible():
     """Data in random order; every pixel of an image is its label."""
@@ -86,12 +101,13 @@ def test_every_image_keeps_its_label(legible):
         assert (some.eval_images[:, 0, 0, 0] == some.eval_labels).all()
 
 
-def test_data_that_differ_in_images_or_labels_are_other_splits(legible):
+def test_data_that_differ_in_images_or_labels_are_other_splits(legible, monkeypatch):
+    positions = torch.arange(0, 600, 2), torch.arange(1, 600, 2)  # whatever the labels
+    monkeypatch.setattr(common, "stratified_split", lambda *_: positions)
     images, labels = legible.train_images, legible.train_labels
     alike = legible._replace(name="copy")
     other = [legible._replace(train_images=images + 1), legible._replace(test_images=images + 1),
-             legible._replace(train_labels=labels + 1),  # at the same positions
-             legible._replace(test_labels=labels + 1)]
+             legible._replace(train_labels=4 - labels), legible._replace(test_labels=4 - labels)]
     hashes = [common.split_data(data, 0.5, 0).hash for data in (alike, legible, *other)]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 5
