@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, replace
@@ -127,9 +128,10 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     name = name or part
     checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
     trained = meta or {"args": values, "seed": args.seed}
+    script = shlex.split(args.command)[1]  # one commit may hold several of a part
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
               data.classes, sizes, split.hash, trained["seed"], values, args.command,
-              dict(versions_at_start()), device, device_name(device), amp.name)
+              versions_at_start() | {"script": script}, device, device_name(device), amp.name)
     for row in read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
             renamed = row["split_hash"] == run.split_hash
@@ -163,9 +165,10 @@ def tell_what_is_replaced(run):
                  if before[name] != now[name]]
     if run.weights and record["weights"] != run.weights:  # part 2 knows them before it begins
         differing.append(f"the weights {record['weights']}")
-    if record["versions"].get("commit") != run.versions["commit"]:
-        commit = checkpoints.spelled(record["versions"].get("commit", "unknown"))
-        differing.append(f"the code {commit}")
+    made_by = {"commit": "unknown", "script": run.versions["script"]} | record["versions"]
+    differing += [f"the {what} {checkpoints.spelled(made_by[name])}"
+                  for name, what in (("commit", "code"), ("script", "script"))
+                  if made_by[name] != run.versions[name]]
     if differing:
         print(f"{run.path('.csv')}, made with {', '.join(differing)}, and what belongs to it will "
               "be replaced; to keep it, stop now and give another --results-dir")

@@ -193,7 +193,8 @@ def what_ran(study):
                      f"weights {record['weights']}"]
             if "epochs" in record["args"]:
                 about.insert(0, f"{checkpoints.spelled(record['args']['epochs'])} epochs")
-            packages = [f"{package} {found}" for package, found in record["versions"].items()]
+            packages = [f"{package} {found}" for package, found in record["versions"].items()
+                        if package != "script"]  # the command has it
             versions.setdefault(", ".join(packages), []).append(name)
             items.append(f"- {name}: {code(record['command'])}; {escape(', '.join(about))}")
     for packages, names in versions.items():

@@ -22,7 +22,7 @@ import numpy as np
 
 NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `made_with` names it
 NOT_COMPARED_PART2 = {*NOT_COMPARED, *checkpoints.NO_EFFECT_PART2, "cifar10c"}
-RECORDED = ("optimizer", "stopped")  # of a record's versions; no flags
+RECORDED = ("script", "optimizer", "stopped")  # of a record's versions; no flags
 HEADS = ["own", "class_means", "knn", "probe"]
 MAIN_ATTACK = "FGSM 8/255"  # the one that a claim is about
 
@@ -141,7 +141,7 @@ def check_records(name, records, not_compared):
         found = []
         for folder, values in arguments:
             value = checkpoints.spelled(values.get(argument, "absent"))
-            if value != "absent" or argument not in ("shares", "optimizer"):  # new in records
+            if value != "absent" or argument not in ("shares", "optimizer", "script"):  # new
                 found.append((folder, value))
         for folder, value in found:
             first, expected = found[0]

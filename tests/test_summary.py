@@ -1156,12 +1156,16 @@ def test_figures_without_a_table_of_their_own_are_not_shown(tmp_path):
     assert shown == ["part1_history", "part3_history", "part3_robustness_fgsm"]
 
 
-def test_trainings_of_other_optimizers_are_not_averaged(tmp_path):
+@pytest.mark.parametrize(("name", "first", "second"), [
+    ("optimizer", "Muon (lr 0.02)", "AdamW (lr 0.001)"),
+    ("script", "part1_baseline.py", "part1_mine.py")])
+def test_trainings_of_other_code_are_not_averaged(tmp_path, name, first, second):
+    """An optimizer or script that no argument names."""
     folders = [training(tmp_path, seed, {CLEAN: 0.7}) for seed in (1, 2)]
-    for folder, optimizer in zip(folders, ("Muon (lr 0.02)", "AdamW (lr 0.001)"), strict=True):
+    for folder, value in zip(folders, (first, second), strict=True):
         with edited(folder / "part1.json") as record:
-            record["versions"]["optimizer"] = optimizer
-    with pytest.raises(UsageError, match=r"optimizer Muon \(lr 0.02\) in .* and AdamW"):
+            record["versions"][name] = value
+    with pytest.raises(UsageError, match=f"{name} {re.escape(first)} in .* and {second[:5]}"):
         trainings.compare_trainings(folders)
 
 

@@ -10,6 +10,7 @@ import time
 
 import checkpoints
 import common
+import part1_baseline
 import part2_robustness
 import perturbations
 import plots
@@ -261,6 +262,21 @@ def test_part_2_says_which_table_it_will_replace(narrow, mine, monkeypatch):
     monkeypatch.setattr(report, "versions", lambda: changed)
     [line] = told()
     assert "part2.csv, made with the code" in line
+
+
+def test_a_students_copy_of_a_part_is_told_from_the_part(narrow, tree, tmp_path, monkeypatch):
+    """The commit, a hash of all the code, is the same."""
+    argv = on_tree(tree, tmp_path)
+    assert call("part1_baseline", argv)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(part1_baseline, "__file__", "part1_mine.py")
+        code, error, out = call("part1_baseline", argv)
+        assert code == 0, error
+    assert "part1.csv, made with the script part1_baseline.py, and what belongs to it will" in out
+    code, error, out = call("part1_baseline", [*argv, "--resume"])
+    assert code == 0, error
+    assert "begun with script part1_mine.py and continues with part1_baseline.py" in out
+    assert "script" not in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 def test_part_2_goes_on_in_a_directory_that_was_moved(narrow, mine, monkeypatch):
