@@ -114,8 +114,9 @@ def read_study(folder):
                      if other_pixels(parts[name], parts[other], key.split("/"))]
         if differing:
             left_out.append(f"{name} against {other} under {', '.join(differing)}: their perturbed "
-                            "images differ (other code, data or versions), so their means are of "
-                            "different images; run part 2 on both again")
+                            "images differ (other code, data or versions, or draws that are not "
+                            "the generator's), so their means are of different images; run part 2 "
+                            "on both again")
     dataset, split_hash = studies.pop()
     return Study(folder, dataset, split_hash, parts, left_out, seen, trained_on)
 
@@ -576,6 +577,9 @@ def facts(record):
     for name, value in record["args"].items():
         if name not in checkpoints.no_effect(record["args"]) and name != "amp":
             values[code(checkpoints.flag(name))] = checkpoints.spelled(value)
+    sizes = record.get("sizes")
+    if isinstance(sizes, dict):  # of one split, but edited code may train on fewer
+        values["training images"] = checkpoints.spelled(sizes.get("training", "unknown"))
     values["mixed precision"] = checkpoints.spelled(record.get("amp", "unknown"))
     values["optimizer"] = checkpoints.spelled(record["versions"].get("optimizer", "unknown"))
     if "stopped" in record["versions"]:

@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import claims
@@ -424,11 +425,13 @@ def test_the_audits_that_pass_are_counted(tmp_path):
 def test_every_differing_argument_is_named(tmp_path):
     write(run_of(tmp_path, "part1", "part1", A, weight_decay=0.002, data_dir="x", lr=1,
                  eps_255=[0, 8]), {CLEAN: 0.7})
-    write(run_of(tmp_path, "part3", "part3", B, seed=3, epochs=30, weight_decay=0.001,
-                 families=["noise"], data_dir="y", lr=1.0, eps_255=[0.0, 8.0]), {CLEAN: 0.9})
+    write(replace(run_of(tmp_path, "part3", "part3", B, seed=3, epochs=30, weight_decay=0.001,
+                         families=["noise"], data_dir="y", lr=1.0, eps_255=[0.0, 8.0]),
+                  sizes={"training": 12}), {CLEAN: 0.9})
     found = re.search("Their trainings differ in (.*)$", text_of(tmp_path), re.M)[1]
     assert found == ("`--seed` (3; part1 0), `--split-seed` (3; part1 0), `--epochs` (30; part1 6),"
-                     " `--weight-decay` (0.001; part1 0.002); arguments that only one has: "
+                     " `--weight-decay` (0.001; part1 0.002), training images (12; part1 unknown);"
+                     " arguments that only one has: "
                      "`--families` noise.")
 
 
