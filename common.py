@@ -374,7 +374,10 @@ class WeightAverage:
         torch._foreach_lerp_([*self.model.parameters()], [*model.parameters()], share)
 
     def for_evaluation(self, images, amp):
-        """The averaged model, its BatchNorm statistics estimated on images, uint8 (N,3,H,W)."""
+        """The averaged model, its BatchNorm statistics estimated on images, uint8 (N,3,H,W).
+
+        Not a copy: the next `update` changes it.
+        """
         turns = max(1, len(images) // 64)  # in strides, so that every batch holds every class
         with amp.autocast():
             update_bn((to_float(images[turn::turns]) for turn in range(turns)), self.model)

@@ -43,7 +43,7 @@ def main(argv=None):
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     few = common.few_of(split)  # a small Split, for the accuracy after each epoch
-    run = report.start(args, "part1", data, split, device, amp)
+    run = report.start(args, "part1", data, split, device, amp)  # label: report.LABELS
 
     model = common.Model(outputs=len(data.classes))
     model = model.to(device, memory_format=torch.channels_last)
@@ -67,12 +67,12 @@ def main(argv=None):
         batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
         meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
-            images = common.to_float(images)  # (B,3,32,32) in [0,1]
+            images = common.to_float(images)  # (B,3,32,32) in [0,1]; Model normalizes
             with amp.autocast():
                 logits = model(images)  # (B, classes)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
             amp.step(loss, optimizer)  # zero_grad, backward, step
-            scheduler.step()
+            scheduler.step()  # after every batch
             average.update(model)
             meter.add(loss, labels, logits)
         averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm

@@ -128,7 +128,7 @@ def main(argv=None):
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     few = common.few_of(split)  # a small Split, for the accuracy after each epoch
-    run = report.start(args, part_name(args), data, split, device, amp)
+    run = report.start(args, part_name(args), data, split, device, amp)  # label: report.LABELS
 
     learned = args.loss in MARGINS  # these learn proxies as class means; else fit_head sets them
     head = common.ClassMeans(len(data.classes), common.EMBEDDING_DIM, learned)
@@ -156,14 +156,14 @@ def main(argv=None):
                                           generator)
         meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
-            images = common.to_float(images)  # (B,3,32,32) in [0,1]
+            images = common.to_float(images)  # (B,3,32,32) in [0,1]; Model normalizes
             if args.augment:
                 images = augment(images, generator, average.steps)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings.float(), labels)  # in float32, for its exponentials
             amp.step(loss, optimizer)  # zero_grad, backward, step
-            scheduler.step()
+            scheduler.step()  # after every batch
             average.update(model)
             meter.add(loss, labels)
         averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm
@@ -196,7 +196,10 @@ def part_name(args):
 
 
 def make_criterion(args, head):
-    """The loss (embeddings (B,D), labels (B,)) → scalar that the arguments ask for."""
+    """The loss (embeddings (B,D), labels (B,)) → scalar that the arguments ask for.
+
+    To add one, name it in --loss's choices, too: tables and figures call the part by that name.
+    """
     if args.loss in MARGINS:
         return MarginLoss(args.loss, head, args.margin, args.scale, args.label_smoothing)
     if args.proxies:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 COLUMNS = ("part", "dataset", "split", "condition", "severity", "head", "metric", "value", "ci_low",
            "ci_high", "n", "seed", "split_hash", "checkpoint", "weights")
+# what tables and figures call the parts: an edited loss or recipe needs another name here
 LABELS = {"part1": "cross-entropy", "part3": "augmented", "part3_crop_flip": "crop and flip",
           "part4": "Angular", "part4_augmented": "Angular, augmented",
           "part4_proxies": "Angular + proxies",
@@ -514,7 +515,7 @@ def finish(run, model, predictions, history, repeated):
     plots.history(run.path("_history.png"), history, run, headline(rows)["evaluation"])
     plots.confusion(run.path("_confusion.png"), test.logits.argmax(1), test.labels, run)
     draw_umap(run, panels, measured)
-    title = f"{run.part} ({run.label}): {len(history)} epochs, averaged weights"
+    title = f"{run.part} ({run.label}): {len(history)} epochs"
     terminal.print_accuracies(title, rows)
     return rows
 
