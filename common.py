@@ -21,9 +21,12 @@ from attacks import fgsm as fgsm
 from attacks import fgsm_direction as fgsm_direction
 from attacks import pgd as pgd
 from datasets import Data as Data
-from network import AMX, CPU
+from network import AMX, CPU, empty_model
+from network import EMBEDDING_DIM as EMBEDDING_DIM
 from network import ClassMeans as ClassMeans
 from network import Model as Model
+from network import check_rebuilt as check_rebuilt
+from network import head_of as head_of
 from perturbations import FAMILY
 from perturbations import NO_SEVERITY as NO_SEVERITY
 from perturbations import PERTURBATIONS as PERTURBATIONS
@@ -40,7 +43,6 @@ from torch.optim.swa_utils import update_bn
 HELD_OUT_FAMILIES = ("blur",)  # never used in training, in any part
 SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_OUT_FAMILIES))
 QUICK_PER_CLASS = 10
-EMBEDDING_DIM = 128  # of part 4's last layer
 PARTS = ("part1", "part3", "part3_crop_flip", "part4", "part4_augmented", "part4_proxies",
          "part4_proxies_augmented")  # what trains a model, and what its files are called
 META = {"part": str, "weights": str, "args": dict, "dataset": str, "classes": list, "outputs": int,
@@ -519,11 +521,7 @@ def load_checkpoint(path, device):
     try:
         meta = content["meta"]
         check_meta(meta)
-        with torch.device("meta"):  # no memory and no random weights: the file's take their place
-            head = None
-            if meta["head"] == "class_means":
-                head = ClassMeans(len(meta["classes"]), meta["outputs"])
-            model = Model(meta["outputs"], head)
+        model = empty_model(meta["head"], len(meta["classes"]))
         expected = model.state_dict()
         differing = sorted(expected.keys() ^ content["model"].keys())
         if differing:

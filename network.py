@@ -1,6 +1,6 @@
 """The network: torchvision's ResNet18 for small images, and part 4's classifier."""
 
-from arguments import LABEL_SMOOTHING
+from arguments import LABEL_SMOOTHING, UsageError
 from metrics import class_means
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 # of the pixels of all 50,000 training images of CIFAR-10, evaluation split included; in [0,1]
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+EMBEDDING_DIM = 128  # of part 4's last layer
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {instruction set: whether it is there}
 AMX = CPU.get("amx_bf16", False)  # multiplies tiles of bf16, as Intel's Xeons do since 2023
 
@@ -19,7 +20,7 @@ class Model(nn.Module):
 
     forward: float (B,3,H,W) in [0,1] → logits (B,C).  The backbone's state_dict loads with
     strict=True into torchvision's resnet18(num_classes=outputs) with a 3×3 stem and no max-pool
-    (He et al. 2016, for CIFAR).
+    (He et al. 2016, for CIFAR).  Of another backbone the last layer must be called fc.
     """
 
     def __init__(self, outputs, head=None):
@@ -119,3 +120,36 @@ class ClassMeans(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would tie close classes
             cosines = F.normalize(embeddings.float(), dim=1) @ F.normalize(self.means, dim=1).T
             return self.scale * cosines
+
+
+# ---- a checkpoint's network ---------------------------------------------------------------------
+
+
+def head_of(model):
+    """What a checkpoint calls its model's head."""
+    return "class_means" if isinstance(model.head, ClassMeans) else "none"
+
+
+def empty_model(head, classes):
+    """The Model of a checkpoint before it has weights: no memory, no random numbers."""
+    with torch.device("meta"):
+        if head == "class_means":
+            return Model(EMBEDDING_DIM, ClassMeans(classes, EMBEDDING_DIM))
+        return Model(classes)
+
+
+def check_rebuilt(model, classes):
+    """Raises UsageError for a network that `empty_model` does not make: before it is trained."""
+    differing = []
+    if type(model) is not Model:
+        differing.append(f"its class {type(model).__name__}")
+    elif type(model.head) not in (nn.Identity, ClassMeans):
+        differing.append(f"its head {type(model.head).__name__}")
+    else:
+        ours, again = model.state_dict(), empty_model(head_of(model), classes).state_dict()
+        differing += [name for name in sorted(ours.keys() | again.keys()) if name not in ours
+                      or name not in again or ours[name].shape != again[name].shape]
+    if differing:
+        raise UsageError("part 2 could not make this network again from its checkpoint: "
+                         f"{differing[0]} is not as in network.py's Model; edit that class, which "
+                         "all parts use, instead (the size of part 4's embedding: EMBEDDING_DIM)")

@@ -417,7 +417,9 @@ def resume(run, state, generator):
     """Where a training starts: (start_epoch, history); (0, []) without --resume.
 
     Records what no argument says: the optimizer with its numbers, and the schedule's class.
+    Raises UsageError also for a network that part 2 could not test.
     """
+    common.check_rebuilt(state["model"], len(run.classes))
     optimizer, scheduler = state.get("optimizer"), state.get("scheduler")
     settings = []
     for name, value in getattr(optimizer, "defaults", {}).items():
@@ -493,9 +495,8 @@ def finish(run, model, predictions, history, repeated):
     model = saved_before(run, model) or model
     run = replace(run, weights=checkpoints.weights_hash(model))
     rows = clean_rows(run, predictions, repeated)
-    head = "class_means" if isinstance(model.head, common.ClassMeans) else "none"
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
-        "outputs": model.n_outputs, "head": head, "epoch": len(history),
+        "outputs": model.n_outputs, "head": common.head_of(model), "epoch": len(history),
         "metrics": headline(rows)})
     test, evaluation = predictions["test"], predictions["evaluation"]
     panels = []

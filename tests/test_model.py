@@ -6,6 +6,7 @@ import unittest.mock
 import checkpoints
 import common
 import network
+from arguments import UsageError
 
 import pytest
 import torch
@@ -197,6 +198,48 @@ def test_another_block_predicts_what_it_trains(small_photos, monkeypatch, block)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    predicted = common.predict(model, small_photos, common.Amp("off", CPU)).logits
+    with torch.no_grad():
+        expected = model(small_photos / 255)
+    assert torch.allclose(predicted, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("edited", "said"), [
+    (lambda: nn.DataParallel(common.Model(10)), "its class DataParallel"),
+    (lambda: common.Model(10, nn.Linear(10, 10)), "its head Linear"),
+    (lambda: common.Model(64, common.ClassMeans(10, 64)), "backbone.fc.bias"),
+    (lambda: common.Model(20), "backbone.fc.bias"),
+    (lambda: with_dropout(common.Model(10)), "backbone.fc.0")])
+def test_a_network_that_part_2_could_not_make_is_refused(tiny_backbone, edited, said):
+    with pytest.raises(UsageError, match=f"{said}.* is not as in network.py's Model"):
+        common.check_rebuilt(edited(), 10)
+
+
+def with_dropout(model):
+    model.backbone.fc = nn.Sequential(nn.Linear(64, 10), nn.Dropout())
+    return model
+
+
+def test_a_network_that_part_2_can_make_is_checked_without_a_random_number(tiny_backbone):
+    models = common.Model(10), common.Model(128, common.ClassMeans(10, 128))
+    before = torch.get_rng_state()
+    for model in models:
+        common.check_rebuilt(model, 10)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_norm_after_anything_but_a_convolution_stays(small_photos, monkeypatch):
+    """As in a student's small network, or in a stem of several layers."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("torchvision.models.resnet18",
+                        lambda num_classes: ResNet(BasicBlock, [1, 1, 1, 1], num_classes))
+    model = common.Model(10).eval()
+    net = model.backbone
+    net.conv1 = nn.Sequential(net.conv1, nn.ReLU())
+    net.layer1 = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.BatchNorm2d(64)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
             module.running_var.uniform_(0.5, 2)
     predicted = common.predict(model, small_photos, common.Amp("off", CPU)).logits
     with torch.no_grad():

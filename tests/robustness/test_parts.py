@@ -363,6 +363,19 @@ def test_a_training_that_stops_early_is_told_from_a_whole_one(narrow, tree, tmp_
     assert "2 epochs" in text and "stopped after epoch 1 of 2" in text
 
 
+class Cosines(common.ClassMeans):
+    """A student's other head."""
+
+
+def test_a_head_that_part_2_could_not_make_is_refused_before_it_is_trained(narrow, tree, tmp_path,
+                                                                           monkeypatch):
+    monkeypatch.setattr(common, "ClassMeans", Cosines)
+    code, error, out = call("part4_angular", on_tree(tree, tmp_path))
+    assert code == 2
+    assert "its head Cosines is not as in network.py's Model" in error
+    assert "epoch" not in out
+
+
 def test_a_part_of_a_students_own_name_is_refused_with_what_it_needs(narrow, tree, tmp_path,
                                                                      monkeypatch):
     monkeypatch.setattr(part3_augmented, "part_name", lambda args: "part5")
