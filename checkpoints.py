@@ -64,12 +64,20 @@ def remove(paths, why):
 
 
 def write(path, content):
-    """Writes a dict of plain values and tensors, complete or not at all."""
+    """Writes a dict of plain values and tensors, complete or not at all.
+
+    Raises UsageError for what `read` would refuse, such as the numbers that numpy returns.
+    """
     with atomic(path) as temporary:
         try:
             torch.save({"format": FORMAT, "version": VERSION} | content, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk so
             raise OSError(f"disk full, or file too large ({first_line(error)})") from None
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
+        if refused:
+            raise UsageError(f"{path} could not be read again, since a value in it is of "
+                             f"{sorted(refused)[0]}; give plain values and tensors, such as "
+                             "float(x) for a number of numpy's")
 
 
 def read(path, device, way_out="expected one that a training part wrote"):

@@ -421,6 +421,16 @@ def test_a_damaged_record_is_one_sentence_before_any_training(tree, mine, monkey
     refused_before_training(tree, mine, monkeypatch, "part3.json")
 
 
+def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path):
+    """As where a student's history has a mean that numpy returned."""
+    path = tmp_path / "part1_state.pt"
+    checkpoints.write(path, {"history": [{"loss": 1.0}]})
+    with pytest.raises(UsageError, match="part1_state.pt could not be read again.* of numpy"):
+        checkpoints.write(path, {"history": [{"loss": np.mean([1.0, 3.0])}]})
+    assert checkpoints.read(path, "cpu")["history"] == [{"loss": 1.0}]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("content", ["empty", "text", "cut", "an array", "numbers", "no weights"])
 def test_a_damaged_file_of_correct_images_is_one_sentence_before_any_training(
         tree, mine, monkeypatch, content):
