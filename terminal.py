@@ -40,7 +40,7 @@ class EpochMeter:
                 float(self.loss)
                 seconds = (time.perf_counter() - timed) / TIMED_STEPS * self.left
                 print(f"about {duration(seconds)} for {self.left:,} steps", flush=True)
-            if not self.bar.disable and self.steps % 10 == 0:  # waits only where a person watches
+            if not self.bar.disable and self.steps % 10 == 1:  # waits only where a person watches
                 self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
 
     def add(self, loss, labels, logits=None):

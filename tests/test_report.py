@@ -101,6 +101,29 @@ def test_an_epoch_that_a_student_breaks_off_is_counted_and_checked(loss):
         assert meter.finish(0.5, 10, scheduler)["loss"] == 3
 
 
+def test_a_bar_waits_for_the_first_batch_that_a_student_counts(monkeypatch):
+    shown = []
+    monkeypatch.setattr(terminal, "progress", lambda batches, *_, **__: Bar(batches, shown))
+    meter = terminal.EpochMeter(0, 1, range(4), 4)
+    for batch in meter:
+        if batch > 0:  # as after `if bad: continue`
+            meter.add(torch.tensor(3.0), torch.tensor([0]))
+    assert shown == ["loss 3.000"]
+
+
+class Bar:
+    """A progress bar where a person watches."""
+
+    disable = False
+
+    def __init__(self, items, shown):
+        self.items = items
+        self.set_postfix_str = shown.append
+
+    def __iter__(self):
+        return iter(self.items)
+
+
 def test_mixed_labels_count_as_the_class_of_the_largest_share():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     meter = terminal.EpochMeter(0, 1, [None, None], 2)
