@@ -1,5 +1,7 @@
 """The network: torchvision's ResNet18 for small images, and part 4's classifier."""
 
+import warnings
+
 from arguments import LABEL_SMOOTHING, UsageError
 from metrics import class_means
 
@@ -132,7 +134,8 @@ def head_of(model):
 
 def empty_model(head, classes):
     """The Model of a checkpoint before it has weights: no memory, no random numbers."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that an edited Model loads, one line each
         if head == "class_means":
             return Model(EMBEDDING_DIM, ClassMeans(classes, EMBEDDING_DIM))
         return Model(classes)

@@ -229,6 +229,22 @@ def test_a_network_that_part_2_can_make_is_checked_without_a_random_number(tiny_
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_network_that_starts_from_other_weights_is_read_without_warnings(
+        tmp_path, small_model, monkeypatch, recwarn):
+    """As where a student's Model loads pretrained weights."""
+    def pretrained(num_classes):
+        backbone = resnet18(num_classes=num_classes)
+        backbone.load_state_dict({"fc.bias": bias}, strict=False)
+        return backbone
+
+    bias = torch.ones(10)
+    common.save_checkpoint(tmp_path / "a.pt", small_model, meta_of(small_model))
+    monkeypatch.setattr("torchvision.models.resnet18", pretrained)
+    model, _ = common.load_checkpoint(tmp_path / "a.pt", CPU)
+    assert torch.equal(model.backbone.fc.bias, small_model.backbone.fc.bias)
+    assert not recwarn.list
+
+
 def test_a_norm_after_anything_but_a_convolution_stays(small_photos, monkeypatch):
     """As in a student's small network, or in a stem of several layers."""
     torch.manual_seed(0)
