@@ -88,7 +88,7 @@ def perturbation_claim(part, table):
     change = metrics.paired_difference(clean, perturbed)
     outcome = OUTCOMES.get(verdict(change.p_value, change.mean), "not resolved")
     return [Claim(f"Perturbations cost {part.title} accuracy",
-                  f"{over_images(change)}, p {probability(change.p_value)}",
+                  f"{over_images(change)}, {tested(change, change.p_value)}",
                   f"this network: {outcome}", f"{report.robustness_name(part.name)}.csv")]
 
 
@@ -134,7 +134,7 @@ def network_claim(ours, theirs, title, change, p_value):
         return Claim(sentence, "which images are right is not known for both", "not tested",
                      "comparison.csv")
     outcome = OUTCOMES.get(verdict(p_value, change.mean), "not resolved")
-    return Claim(sentence, f"{over_images(change)}, p {probability(p_value)}",
+    return Claim(sentence, f"{over_images(change)}, {tested(change, p_value)}",
                  f"this network: {outcome}", "comparison.csv")
 
 
@@ -223,6 +223,11 @@ def between(change):
 
 def over_images(change):
     return f"{between(change)}, n = {change.n:,} images"
+
+
+def tested(change, p_value):
+    """What a test of a Difference says, its p corrected; without a spread there is none."""
+    return f"p {probability(p_value)}" if math.isfinite(change.low) else "no test"
 
 
 def probability(p_value):

@@ -317,7 +317,7 @@ def method_claim(claim, change, p_holm):
     outcome = claims.OUTCOMES.get(comparison.verdict(p_holm, change.mean),
                                   f"not resolved with {trainings(change.n)}")
     evidence = f"{claims.between(change)}, n = {trainings(change.n)}"
-    return claims.Claim(claim, f"{evidence}, p {claims.probability(p_holm)}", outcome,
+    return claims.Claim(claim, f"{evidence}, {claims.tested(change, p_holm)}", outcome,
                         "trainings.csv")
 
 
@@ -326,11 +326,12 @@ def pair_table(tests):
     body = []
     for test in tests:
         change = test.change
-        interval = "-"
+        interval = p_holm = "-"
         if math.isfinite(change.low):
             interval = f"{percent(change.low, '+')} to {percent(change.high, '+')}"
-        body.append((test.line.markdown, percent(change.mean, "+"), interval, change.n,
-                     claims.probability(test.p_holm).removeprefix("= "), test.verdict))
+            p_holm = claims.probability(test.p_holm).removeprefix("= ")
+        body.append((test.line.markdown, percent(change.mean, "+"), interval, change.n, p_holm,
+                     test.verdict))
     return markdown_table(("difference, points", "mean", "95 % interval", "n", "p (Holm)",
                            "verdict"), body)
 

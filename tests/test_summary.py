@@ -810,6 +810,14 @@ def test_the_same_head_on_both_parts_by_a_hand_calculation(tmp_path):
             "+2.0 points (-10.7 to +14.7) | - |") in table
 
 
+def test_without_a_spread_no_test_and_no_p_are_claimed(tmp_path):
+    both = training(tmp_path, 1, {CLEAN: 0.7}, {CLEAN: 0.8})
+    text = trainings_text([both, training(tmp_path, 2, {CLEAN: 0.7})])
+    assert "| +10.0 points (no interval), n = 1 training, no test |" in text
+    assert "| test set | +10.0 | - | 1 | - | not resolved with 1 training |" in text
+    assert "p = 1" not in text
+
+
 def test_the_interval_of_a_true_difference_is_that_of_a_hand_calculation(tmp_path):
     folders = []
     for seed, gain in enumerate((0.016, 0.020, 0.024)):  # mean 2 points, standard deviation 0.4
