@@ -43,14 +43,16 @@ class Look(NamedTuple):
     line: str
 
 
-ATTACK = {  # by condition; in the L2 norm, "_l2" follows the first word
+# by condition; in the L2 norm, "_l2" follows the first word. What is tried at few eps has no line,
+# which would be a guess between them.
+ATTACK = {
     "fgsm": Look("FGSM", "#6A55EA", "o", "-"),
-    "fgsm_predicted": Look("FGSM, predicted labels", "#80BFEA", "x", "--"),
-    "fgsm_targeted": Look("FGSM, least likely class", "#4FA82E", "D", "--"),
-    "fgsm_from_part1": Look("FGSM, transferred from part 1", "#005500", "v", "--"),
-    "pgd": Look("PGD", "#2A156A", "^", ""),  # at few eps: a line between them would be a guess
+    "fgsm_predicted": Look("FGSM, predicted labels", "#80BFEA", "x", ""),
+    "fgsm_targeted": Look("FGSM, least likely class", "#4FA82E", "D", ""),
+    "fgsm_from_part1": Look("FGSM, transferred from part 1", "#005500", "v", ""),
+    "pgd": Look("PGD", "#2A156A", "^", ""),
     "worst_case": Look("worst of its own one-step attacks", "#000000", "*", ":"),
-    "random": Look("random noise of the same size", "#777777", "s", "-"),
+    "random": Look("random noise of the same size", "#777777", "s", ""),
 }
 SEVERITY_COLORS = {"1": "#C9B799", "2": "#AA9373", "3": "#8A7355", "4": "#614C32", "5": "#3A2914"}
 NEUTRAL = "#555555"  # training curves, reference lines, what has no severity
@@ -469,7 +471,8 @@ def comparison(path, table, names):
     figure = new_figure(min(max(max(0.26, 0.07 * len(names)) * total + 0.8, 2), 0.68 * WIDTH))
     all_axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     looks = {part: Look("", PART_COLORS[part], PART_MARKERS[part], "-") for part in names}
-    offsets = np.linspace(-0.33, 0.33, len(names)) if len(names) > 1 else [0]
+    reach = 0.5 * (len(names) - 1) / (len(names) + 1)  # twice as much between lines as in them
+    offsets = np.linspace(-reach, reach, len(names))
     drawn = []
     for axes, lines in zip(all_axes, columns, strict=False):
         write_conditions(axes, lines, total)
