@@ -331,8 +331,9 @@ def tested_weights(path):
 
 
 def goes_on(path, wanted, key, epochs=None):
-    """Whether a state is there and `wanted`; one line if it is one alone, but for an ended run's.
+    """Whether to continue the state at `path`: it is there and `wanted`.
 
+    Says so where there is none to continue, or where an unfinished one will be replaced.
     key: what of the state says how far it came: an epoch, of `epochs`, or a list of conditions.
     """
     exists = Path(path).exists()
