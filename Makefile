@@ -97,8 +97,8 @@ same-arguments:
 	$(call same,tested,TESTS)
 	@for stamp in $(wildcard $(STUDY)/seed*/*.trained); do \
 		newer=$$(find *.py -newer $$stamp); test -z "$$newer" || { echo "$$stamp is older than" \
-		$$newer", but is not made anew: remove it, or give another directory with RESULTS="; break; }; \
-		done
+		$$newer", but is not made anew: if that changes results, give another directory with RESULTS="; \
+		break; }; done
 
 define same
 @for stamp in $(wildcard $(STUDY)/seed*/*.$(1)); do \

@@ -108,6 +108,7 @@ def test_code_that_was_edited_after_a_training_is_told(study, tmp_path):
     assert study(*words) == []
     assert study.said.count("is older than part1_baseline.py, but is not made anew") == 1
     assert stamp in study.said
+    assert "remove" not in study.said  # --resume would go on from the finished state, untrained
 
 
 @pytest.mark.parametrize(("part", "script"), [("part3", "part3_augmented.py"),
