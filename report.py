@@ -277,10 +277,11 @@ def headline(rows):
 
 
 def write_rows(path, rows):
-    """Writes rows (dicts of the same keys) as CSV, complete or not at all; floats to 6 digits."""
+    """Writes rows (dicts) as CSV, whole or not at all; floats to 6 digits, a missing key empty."""
+    columns = dict.fromkeys(key for values in rows for key in values)  # once, in order
     with (checkpoints.atomic(path) as temporary,
           open(temporary, "w", newline="", encoding="utf-8") as file):
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for values in rows:
             writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value

@@ -61,6 +61,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
+def test_a_measure_that_only_some_epochs_have_is_a_column(tmp_path):
+    """As where a student's history has one in every fifth epoch: the table comes after the last."""
+    report.write_rows(tmp_path / "a.csv", [{"epoch": 1}, {"epoch": 2, "norm": 0.5}, {"epoch": 3}])
+    assert (tmp_path / "a.csv").read_text() == "epoch,norm\n1,\n2,0.5\n3,\n"
+
+
 @pytest.mark.full
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "state.pt"
