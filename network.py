@@ -2,7 +2,7 @@
 
 import warnings
 
-from arguments import LABEL_SMOOTHING, UsageError
+from arguments import LABEL_SMOOTHING, UsageError, first_line
 from metrics import class_means
 
 import torch
@@ -149,7 +149,14 @@ def check_rebuilt(model, classes):
     elif type(model.head) not in (nn.Identity, ClassMeans):
         differing.append(f"its head {type(model.head).__name__}")
     else:
-        ours, again = model.state_dict(), empty_model(head_of(model), classes).state_dict()
+        ours = model.state_dict()
+        try:
+            again = empty_model(head_of(model), classes).state_dict()
+        except Exception as error:  # x.item() of an edited Model's tensor has no value there
+            raise UsageError("part 2 could not make this network again from its checkpoint, since "
+                             "it does so without numbers, on torch's device meta: "
+                             f"{first_line(error)}; edit Model.__init__ so that it reads no number "
+                             "from a tensor") from None
         differing += [name for name in sorted(ours.keys() | again.keys()) if name not in ours
                       or name not in again or ours[name].shape != again[name].shape]
     if differing:

@@ -216,6 +216,19 @@ def test_a_network_that_part_2_could_not_make_is_refused(tiny_backbone, edited, 
         common.check_rebuilt(edited(), 10)
 
 
+def test_a_constructor_that_reads_a_number_from_a_tensor_is_refused(tiny_backbone, monkeypatch):
+    """As for rates of stochastic depth."""
+    original = common.Model.__init__
+
+    def init(model, outputs, head=None):
+        original(model, outputs, head)
+        model.rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]
+
+    monkeypatch.setattr(common.Model, "__init__", init)
+    with pytest.raises(UsageError, match="item.* on meta tensors; edit Model.__init__"):
+        common.check_rebuilt(common.Model(10), 10)
+
+
 def with_dropout(model):
     model.backbone.fc = nn.Sequential(nn.Linear(64, 10), nn.Dropout())
     return model
