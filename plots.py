@@ -234,8 +234,8 @@ def umap(path, panels, run):
     n = counted([len(p.labels) for p in panels])
     save(figure, path, f"{described(run)} UMAP of the last layer's input, {n} images a panel, "
          f"all panels in one fit.{note} The axes have no unit. Maps of different models are not "
-         "comparable. The measures above the panels, which are of the features, are, between "
-         "figures of the same name; k-NN asks the panel's other images, clean.")
+         "comparable; between figures of the same name the measures above the panels are, which "
+         "are of the features. k-NN finds its neighbors among the panel's other images, clean.")
 
 
 def class_look(place):
