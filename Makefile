@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 #   make run ARGS="--dataset folder --data-dir data/cifar10-jpg"
 ARGS ?=
 # of these, to part 2, which has the data from the checkpoint
-PASSED_ON = $(filter --no-umap --compile --device=% --umap-points=%,$(subst --device ,--device=,\
+PASSED_ON = $(filter --no-umap --compile --resume --device=% --umap-points=%,$(subst --device ,--device=,\
 	$(subst --umap-points ,--umap-points=,$(strip $(ARGS)))))
 RESULTS ?= results
 DEMO := --dataset digits --results-dir results/demo --epochs 6 --batch-size 32 --lr 0.05 \

@@ -82,8 +82,8 @@ def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study, 
 
 
 def test_the_arguments_of_part_2_reach_it(study):
-    args = "--epochs 5 --no-umap --device  cpu --compile --umap-points=50"
-    reached = "--no-umap --device=cpu --compile --umap-points=50"
+    args = "--epochs 5 --no-umap --device  cpu --compile --resume --umap-points=50"
+    reached = "--no-umap --device=cpu --compile --resume --umap-points=50"
     (run,) = [c for c in study(f"ARGS={args}", goal="run") if c.startswith("part2")]
     assert run.endswith(f"--results-dir results {reached}")
     tested = [c for c in study(f"ARGS={args}", "SEEDS=1") if c.startswith("part2")]
