@@ -336,11 +336,12 @@ def goes_on(path, wanted, key, epochs=None):
     Says so where there is none to continue, or where an unfinished one will be replaced.
     key: what of the state says how far it came: an epoch, of `epochs`, or a list of conditions.
     """
-    exists = Path(path).exists()
-    if wanted and not exists:
-        print(f"--resume: no {path} to continue, so this run starts anew")
-    if wanted or not exists:
-        return exists
+    if not Path(path).exists():
+        if wanted:
+            print(f"--resume: no {path} to continue, so this run starts anew")
+        return False
+    if wanted:
+        return True
     try:
         done = read(path, "cpu")[key]
         what = f"{int(done)} of {epochs} epochs" if epochs else f"{len(done)} conditions"
