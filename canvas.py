@@ -3,7 +3,6 @@
 A figure does not depend on the user's own matplotlib, and none can end the run.
 """
 
-import contextlib
 import functools
 import math
 import unicodedata
@@ -40,8 +39,7 @@ def guarded(draw):
     @functools.wraps(draw)
     def drawn(path, *args, **kwargs):
         try:
-            with contextlib.suppress(OSError):
-                Path(path).unlink()
+            Path(path).unlink(missing_ok=True)
             with warnings.catch_warnings(), matplotlib.style.context(["default", STYLE]):
                 warnings.simplefilter("ignore")  # about characters that no font has
                 draw(path, *args, **kwargs)
