@@ -114,9 +114,9 @@ def read_study(folder):
                      if other_pixels(parts[name], parts[other], key.split("/"))]
         if differing:
             left_out.append(f"{name} against {other} under {', '.join(differing)}: their perturbed "
-                            "images differ (other code, data or versions, or draws that are not "
-                            "the generator's), so their means are of different images; run part 2 "
-                            "on both again")
+                            "images differ (other code, data or versions, or random numbers that "
+                            "are not the generator's), so their means are of different images; run "
+                            "part 2 on both again")
     dataset, split_hash = studies.pop()
     return Study(folder, dataset, split_hash, parts, left_out, seen, trained_on)
 

@@ -103,7 +103,7 @@ def main(argv=None):
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     few = common.few_of(split)  # a small Split, for the accuracy after each epoch
-    run = report.start(args, part_name(args), data, split, device, amp)  # label: report.LABELS
+    run = report.start(args, part_name(args), data, split, device, amp)  # named in report.LABELS
 
     model = common.Model(outputs=len(data.classes))
     model = model.to(device, memory_format=torch.channels_last)

@@ -128,7 +128,7 @@ def main(argv=None):
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     few = common.few_of(split)  # a small Split, for the accuracy after each epoch
-    run = report.start(args, part_name(args), data, split, device, amp)  # label: report.LABELS
+    run = report.start(args, part_name(args), data, split, device, amp)  # named in report.LABELS
 
     learned = args.loss in MARGINS  # these learn proxies as class means; else fit_head sets them
     head = common.ClassMeans(len(data.classes), common.EMBEDDING_DIM, learned)

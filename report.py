@@ -458,7 +458,8 @@ def retire(run):
 def write_results(run, tables, figures, images, part1="none", pixels=None):
     """Writes the run's record, tables {ending: rows} and Correct; removes an earlier run's figures.
 
-    All is written before anything is replaced or removed: a full disk leaves what was there.
+    All is written, and flushed by each writer's own `atomic`, before anything is replaced or
+    removed: a full disk leaves what was there.
     """
     with contextlib.ExitStack() as at_the_end:
 

@@ -179,8 +179,9 @@ def check_data(studies):
                 other, expected = known.setdefault(condition, (tested, pixels))
                 if pixels != expected:
                     raise UsageError(f"{other} and {tested} were tested on different images under "
-                                     f"{condition}, by other code, data or versions, or by draws "
-                                     "that are not the generator's; run part 2 on both again")
+                                     f"{condition}, by other code, data or versions, or by random "
+                                     "numbers that are not the generator's; run part 2 on both "
+                                     "again")
 
 
 # ---- means and tests ----------------------------------------------------------------------------
