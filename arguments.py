@@ -1,6 +1,7 @@
 """The command line that every part shares: arguments with their ranges, errors in one sentence."""
 
 import argparse
+import io
 import math
 import os
 import shlex
@@ -183,7 +184,7 @@ def run(main):
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: nobody reads it
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, io.StringIO())
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no ± or é
