@@ -24,17 +24,18 @@ import math
 import arguments
 import checkpoints
 import common
+import margin_losses
 import muon
 import part2_robustness
 import report
 import summary
 import terminal
+from margin_losses import MARGINS
 from part3_augmented import SHARES, augment
 
 import torch
 import torch.nn.functional as F
 
-MARGINS = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}  # of the losses that learn proxies
 MAX_ALPHA_DEG = 70  # exp(8 tan² alpha), of which the loss adds up thousands, stays within float32
 PROXY_COPIES = 16  # of each class's proxy in a batch: better than 1 (benchmarks/recipes.md)
 
@@ -50,24 +51,13 @@ def parse_args(argv=None):
         help=f"Angular loss: the angle alpha, degrees, 0 to {MAX_ALPHA_DEG}")
     add("--proxies", action="store_true",
         help=f"Angular loss: a learned proxy of every class joins each batch, {PROXY_COPIES} times")
-    add("--margin", type=arguments.number(float, 0, 4), default=None,
-        help="arcface: in radians; cosface: in cosine; sphereface: a factor of at least 1 (None: "
-        "0.2, 0.2, 1.1)")
-    add("--scale", type=arguments.number(float, 0, 100, low_open=True), default=16.0,
-        help="arcface, cosface: scale of the cosines (sphereface's is the embedding's length)")
+    margin_losses.add_arguments(add)
     add("--augment", action="store_true", help="train on part 3's perturbed images")
     arguments.add_no_part2(parser)
     args = arguments.parse(parser, argv)
-    if args.loss == "sphereface" and args.margin is not None and args.margin < 1:
-        parser.error("argument --margin: sphereface multiplies the angle by it, expected 1 to 4, "
-                     f"found {args.margin}")
+    margin_losses.check_arguments(parser, args)
     if args.alpha_deg != parser.get_default("alpha_deg") and args.loss != "angular":
         parser.error(f"argument --alpha-deg: {args.loss} has no such angle; leave it out")
-    if args.margin is not None and args.loss == "angular":
-        parser.error("argument --margin: the Angular loss has none; leave it out, or give --loss")
-    if args.scale != parser.get_default("scale") and args.loss not in ("arcface", "cosface"):
-        parser.error(f"argument --scale: the loss {args.loss} has none; leave it out, or give "
-                     "--loss arcface or cosface")
     if args.proxies and args.loss != "angular":
         parser.error(f"argument --proxies: {args.loss} learns proxies anyway; leave it out")
     if args.augment:
@@ -182,7 +172,7 @@ def main(argv=None):
     return rows
 
 
-# ---- variants: learned proxies, and other angular losses ----------------------------------------
+# ---- variants: learned proxies, part 3's images, other losses ------------------------------------
 
 
 def part_name(args):
@@ -201,7 +191,8 @@ def make_criterion(args, head):
     To add one, name it in --loss's choices, too: tables and figures call the part by that name.
     """
     if args.loss in MARGINS:
-        return MarginLoss(args.loss, head, args.margin, args.scale, args.label_smoothing)
+        return margin_losses.MarginLoss(args.loss, head, args.margin, args.scale,
+                                        args.label_smoothing)
     if args.proxies:
         return ProxyAngularLoss(head, args.alpha_deg)
     if args.loss == "angular":
@@ -228,37 +219,6 @@ class ProxyAngularLoss:
         copies[len(labels):] = PROXY_COPIES
         return angular_loss(torch.cat([embeddings, self.proxies]),
                             torch.cat([labels, classes]), self.alpha_deg, copies)
-
-
-class MarginLoss:
-    """Cross-entropy of scaled cosines to learned proxies, the head's means, with a margin.
-
-    arcface (Deng et al. 2019): cos(min(θ + m, π)).  cosface (Wang et al. 2018): cos θ - m.
-    sphereface (Liu et al. 2017, with the characteristic function of SphereFace-R, Liu et al. 2022):
-    cos(min(m θ, π)), and the embedding's own length as the scale.  Creating the loss initializes
-    the proxies.
-    """
-
-    def __init__(self, kind, head, margin, scale, label_smoothing=arguments.LABEL_SMOOTHING):
-        self.kind = kind
-        self.scale = scale
-        self.label_smoothing = label_smoothing
-        self.margin = MARGINS[kind] if margin is None else margin
-        self.proxies = torch.nn.init.normal_(head.means)
-
-    def __call__(self, embeddings, labels):
-        cosines = F.normalize(embeddings, dim=1) @ F.normalize(self.proxies, dim=1).T  # (B,C)
-        own = cosines.gather(1, labels[:, None])
-        angle = own.clamp(-1 + 1e-6, 1 - 1e-6).acos()  # its gradient is infinite at both ends
-        if self.kind == "arcface":
-            harder = (angle + self.margin).clamp(max=math.pi).cos()
-        elif self.kind == "cosface":
-            harder = own - self.margin
-        else:
-            harder = (angle * self.margin).clamp(max=math.pi).cos()
-        scale = embeddings.norm(dim=1, keepdim=True) if self.kind == "sphereface" else self.scale
-        logits = scale * cosines.scatter(1, labels[:, None], harder)
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 if __name__ == "__main__":

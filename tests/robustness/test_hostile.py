@@ -143,7 +143,7 @@ def wrong_command_lines():
     found.append(("part4_angular", ["--loss", "sphereface", "--margin", "0.5"], 2, "--margin: sph"))
     found.append(("part4_angular", ["--loss", "arcface", "--alpha-deg", "40"], 2, "no such"))
     found.append(("part4_angular", ["--loss", "arcface", "--proxies"], 2, "leave it out"))
-    found.append(("part4_angular", ["--margin", "0.3"], 2, "--margin: the Angular"))
+    found.append(("part4_angular", ["--margin", "0.3"], 2, "--margin: the angular"))
     found += [("part4_angular", [*loss, "--scale", "30"], 2, "--scale: the loss")
               for loss in ([], ["--loss", "sphereface"])]
     found.append(("part1_baseline", ["--label-smoothing", "1"], 2, "--label-smoothing"))
