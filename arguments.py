@@ -156,6 +156,8 @@ def parse(parser, argv):
         if "\0" in word or word != word.encode(errors="replace").decode():
             parser.error(f"argument {ascii(word)} is not text here; rename the file or folder, or "
                          "set PYTHONUTF8=1")
+        if word.startswith("--") and word.endswith("=--"):  # argparse would leave no value at all
+            parser.error(f"argument {word.removesuffix('=--')}: -- is not a value; give one")
     args = parser.parse_args(words)
     if "epochs" in args and args.quick:
         args.epochs = min(args.epochs, QUICK_EPOCHS)

@@ -139,6 +139,8 @@ def wrong_command_lines():
         found.append((script, ["--results-dir", ""], 2, "--results-dir: the path is empty"))
         found.append((script, ["--data-dir=~nobody-here/x"], 2, "--data-dir: no home folder"))
         found.append((script, ["--data-dir", "a\0b"], 2, "is not text"))
+        found += [(script, [f"{flag}=--"], 2, f"{flag}: -- is not a value")
+                  for flag in ("--seed", "--results-dir", "--amp")]
     found += [("part4_angular", list(words), 2, words[0]) for words in PART4]
     found.append(("part4_angular", ["--loss", "sphereface", "--margin", "0.5"], 2, "--margin: sph"))
     found.append(("part4_angular", ["--loss", "arcface", "--alpha-deg", "40"], 2, "no such"))
@@ -148,6 +150,7 @@ def wrong_command_lines():
               for loss in ([], ["--loss", "sphereface"])]
     found.append(("part1_baseline", ["--label-smoothing", "1"], 2, "--label-smoothing"))
     found.append(("part3_augmented", ["--families", "blur"], 2, "--families"))
+    found.append(("part3_augmented", ["--families=--"], 2, "--families: -- is not a value"))
     found += [("part1_baseline", ["--data-dir", f"{{top}}/{name}"], 1, message)
               for name, message in TREES.items()]
     found += [("part2_robustness", ["--checkpoint", f"{{top}}/{name}.pt"], 2, f"{name}.pt")
