@@ -134,6 +134,18 @@ def from_checkpoint(parser):
             action.help += " (default: as the checkpoint was trained)"
 
 
+def take_from_checkpoint(args, meta):
+    """Takes what the command line leaves open from the checkpoint: data, split, seed, precision."""
+    for name in FROM_CHECKPOINT:
+        if name not in args:  # not given on the command line
+            setattr(args, name, meta["args"][name])
+    if args.amp == "auto":
+        args.amp = meta["amp"]  # what it was trained with, not what is fastest here and now
+    if args.quick:
+        args.attack_images = min(50, args.attack_images)
+        args.audit_images = min(10, args.audit_images)
+
+
 def check_data_arguments(values):
     """Raises ValueError or KeyError unless a file's `values` are what the command line allows."""
     parser = argparse.ArgumentParser(exit_on_error=False)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import common
 import metrics
-import report
+import storage
 from comparison import HELD_OUT, JPEG_NOTE, SEEN, TEST, other_pixels, pairs, right, spoken, verdict
 from metrics import percent
 from pages import escape, markdown_table
@@ -89,7 +89,7 @@ def perturbation_claim(part, table):
     outcome = OUTCOMES.get(verdict(change.p_value, change.mean), "not resolved")
     return [Claim(f"Perturbations cost {part.title} accuracy",
                   f"{over_images(change)}, {tested(change, change.p_value)}",
-                  f"this network: {outcome}", f"{report.robustness_name(part.name)}.csv")]
+                  f"this network: {outcome}", f"{storage.robustness_name(part.name)}.csv")]
 
 
 def keys_of(table, *notes):
@@ -177,7 +177,7 @@ def attack_claim(part):
             return Claim(f"{part.title} is not robust to attacks: less accurate than {how} "
                          f"({percent(guessing)} %) at {float(row['severity']):g}/255 "
                          f"({spoken(condition)})", with_interval(row), outcome,
-                         f"{report.robustness_name(part.name)}.csv")
+                         f"{storage.robustness_name(part.name)}.csv")
     return None
 
 

@@ -8,6 +8,7 @@ import checkpoints
 import common
 import metrics
 import report
+import storage
 from arguments import UsageError
 from datasets import JPEG_COPY
 from metrics import percent
@@ -90,7 +91,7 @@ def read_study(folder):
     of several data sets or splits.
     """
     folder = Path(folder)
-    studies = {(row["dataset"], row["split_hash"]) for row in report.read_all(folder)}
+    studies = {(row["dataset"], row["split_hash"]) for row in storage.read_all(folder)}
     if not studies:
         raise UsageError(f"{folder} holds no results; expected a directory that the parts wrote")
     if len(studies) > 1:
@@ -107,7 +108,7 @@ def read_study(folder):
         raise UsageError(f"{folder} holds no table of the part that its name says: "
                          f"{'; '.join(left_out)}")
     if not any(part.accuracies for part in parts.values()):
-        raise UsageError(f"{folder} holds no accuracy of any part; {report.REWRITE}")
+        raise UsageError(f"{folder} holds no accuracy of any part; {storage.REWRITE}")
     seen, trained_on = seen_by_part3(parts, left_out)
     for name, other in pairs(parts):
         differing = [key.removeprefix("test/").replace("/", " ") for key in parts[name].pixels
@@ -142,7 +143,7 @@ def read_part(folder, name, part1, left_out):
     Its own table decides which weights count; where there is none, part 2's table on it does.
     part1: the weights of the part 1 in the folder, or "".
     """
-    robustness = report.robustness_name(name)
+    robustness = storage.robustness_name(name)
     own = rows_of_part(folder, name, name, left_out)
     part2 = rows_of_part(folder, robustness, name, left_out)
     if not own and not part2:
@@ -166,7 +167,7 @@ def read_part(folder, name, part1, left_out):
     pixels = {}
     made_on = "that no file names"
     for file, rows in ((robustness, part2), (name, own)):  # the part's own images replace part 2's
-        images = report.read_correct(folder, file)
+        images = storage.read_correct(folder, file)
         if images and same(f"{file}_correct.npz", images.weights):
             other = unlike(images.images, rows)
             if other:
@@ -177,7 +178,7 @@ def read_part(folder, name, part1, left_out):
                 if file == robustness:
                     made_on = images.part1
                     pixels = images.pixels
-        record = report.read_record(folder, file)
+        record = storage.read_record(folder, file)
         if record and same(f"{file}.json", record["weights"]):
             records[file] = record
     if part1 and made_on not in (part1, "none"):
@@ -231,7 +232,7 @@ def rows_of_part(folder, file, name, left_out):
     """The rows of a table that are about the part `name`; what else it holds is left out."""
     mine = []
     others = {}
-    for row in report.read_table(folder / f"{file}.csv"):
+    for row in storage.read_table(folder / f"{file}.csv"):
         if row["part"] == name:
             mine.append(row)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import canvas
 import checkpoints
-import report
+import storage
 
 SPECIAL = re.compile(r"[\\`*<>&|\[\]#~!$]|(?<!\w)_|_(?!\w)|[\r\n\t]")  # to Markdown or HTML
 IMAGE = re.compile(r'<p><img alt="([^"]*)" src="([^"]*)" */?></p>')
@@ -101,7 +101,7 @@ def write(path, text):
     folder; one that is missing is left out.
     """
     try:
-        report.write_text(path, page(text, Path(path).parent))
+        storage.write_text(path, page(text, Path(path).parent))
     except Exception as error:  # Markdown is not installed, or any other: the .md is there
         print(f"{path}: no page ({canvas.reason(error)}); the .md has the same text")
         checkpoints.remove([Path(path)], "as the page of an earlier summary")

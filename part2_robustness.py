@@ -19,7 +19,6 @@ _fgsm.png, _adversarial.png, _umap.png (for part 3's checkpoint results/part3_ro
 import contextlib
 import hashlib
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import arguments
@@ -78,27 +77,27 @@ def main(argv=None):
     device = common.pick_device(args.device)
     names = perturbation_names(args.perturbations)
     model, meta = common.load_checkpoint(args.checkpoint, device)
-    take_from_checkpoint(args, meta)
+    arguments.take_from_checkpoint(args, meta)
     published_hash, published = "", ()
     if args.cifar10c is not None:
         published_hash, published = datasets.cifar10c(args.cifar10c, meta["classes"])
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
-    run = start(args, model, meta, data, split, device, amp)
-    finished = finished_before(args, run, published_hash)
+    run = report.start_test(args, model, meta, data, split, device, amp)
+    finished = report.finished_before(args, run, published_hash)
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = terminal.Clock()
 
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
-    check_network(args.checkpoint, meta, clean)
+    report.check_network(args.checkpoint, meta, clean)
     tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx, finished)
     test_published(tested, run, inference, published, amp, finished)
     clock.stop("perturbations")
 
     images = common.to_float(data.test_images[attack_idx])
-    part1 = part1_beside(args.results_dir, meta, device)
+    part1 = report.part1_beside(args.results_dir, meta, device)
     attacked = attack(args, run, model, images, data.test_labels[attack_idx], part1)
     clock.stop("attacks")
 
@@ -111,7 +110,7 @@ def main(argv=None):
     return rows
 
 
-# ---- what is tested, and where the results go ---------------------------------------------------
+# ---- perturbations ------------------------------------------------------------------------------
 
 
 def perturbation_names(names):
@@ -125,77 +124,6 @@ def perturbation_names(names):
     return list(dict.fromkeys(names))
 
 
-def take_from_checkpoint(args, meta):
-    """Takes what the command line leaves open from the checkpoint: data, split, seed, precision."""
-    for name in arguments.FROM_CHECKPOINT:
-        if name not in args:  # not given on the command line
-            setattr(args, name, meta["args"][name])
-    if args.amp == "auto":
-        args.amp = meta["amp"]  # what it was trained with, not what is fastest here and now
-    if args.quick:
-        args.attack_images = min(50, args.attack_images)
-        args.audit_images = min(10, args.audit_images)
-
-
-def start(args, model, meta, data, split, device, amp):
-    """The run, its own files and the tested part's locked.
-
-    Raises UsageError if the data are not those of the checkpoint, or if the results directory holds
-    this part with other weights.
-    """
-    for key, what, ours in (("classes", "classes", list(data.classes)),
-                            ("split_hash", "data or split", split.hash)):
-        if meta[key] != ours:
-            raise UsageError(f"{args.checkpoint} was trained on the {what} {meta[key]}, this run "
-                             f"has {ours}; leave out --dataset, --data-dir, --train-fraction, "
-                             "--split-seed and --quick to use its own; an edit of the data belongs "
-                             "in common.load_data, which all parts call")
-    part = meta["part"]
-    weights = checkpoints.weights_hash(model)
-    checkpoints.lock(args.results_dir, part)  # no training may replace it from here on
-    table = Path(args.results_dir) / f"{part}.csv"
-    for row in report.read_table(table):
-        if row["weights"] != weights:
-            raise UsageError(f"{table} is of the weights {row['weights']}, but {args.checkpoint} "
-                             f"holds {weights}; give another --results-dir, or end the training "
-                             f"of {part} with --resume first")
-    return report.start(args, part, data, split, device, amp, report.robustness_name(part),
-                        Path(args.checkpoint).as_posix(), weights, meta)
-
-
-def check_network(path, meta, clean):
-    """Raises UsageError if the model is not as accurate as when its checkpoint was written.
-
-    Code that was edited since may make another network of the same weights.
-    """
-    then = meta["metrics"].get("test")
-    now = common.accuracy(clean.logits, clean.labels)
-    rounding = 0.02 + 2 / len(clean.labels)  # as another device or precision might make
-    if then is not None and abs(now - then) > rounding:
-        raise UsageError(f"{path}: test accuracy was {metrics.percent(then)} % when it was written "
-                         f"and is {metrics.percent(now)} % with this code; undo what was edited "
-                         "since (the network, its input, a precision), or train again")
-
-
-def part1_beside(folder, meta, device):
-    """Part 1's model in a results directory, for another part's checkpoint; None without one."""
-    path = Path(folder) / "part1.pt"
-    if meta["part"] == "part1":
-        return None
-    try:
-        model, theirs = common.load_checkpoint(path, device)
-        if (theirs["part"], theirs["split_hash"]) == ("part1", meta["split_hash"]):
-            return model
-        reason = f"{path} is of another part, data set or split"
-    except UsageError as error:
-        reason = error
-    print(f"No transfer attack with part 1's adversarial images: {reason}")
-    return None
-
-
-# ---- perturbations ------------------------------------------------------------------------------
-
-
 class Tested(NamedTuple):
     """The results of the perturbations."""
 
@@ -204,22 +132,6 @@ class Tested(NamedTuple):
     pixels: dict  # the same → hash of the perturbed images
     panels: list  # of the UMAP
     examples: list  # (title, images)
-
-
-def finished_before(args, run, published_hash):
-    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
-
-    published_hash: of CIFAR-10-C's files.  Kept among the run's versions, to tell results on
-    different files apart.
-    """
-    if published_hash:
-        run.versions["CIFAR-10-C"] = published_hash
-    identity = run.identity | {checkpoints.TESTED_WEIGHTS: run.weights,
-                               "--umap-points": args.umap_points,
-                               "--cifar10c with the files": published_hash or None}
-    del identity["--cifar10c"]  # the files count, not where they are
-    return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,
-                                       run.versions)
 
 
 def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, finished):

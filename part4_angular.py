@@ -172,7 +172,7 @@ def main(argv=None):
     return rows
 
 
-# ---- variants: learned proxies, part 3's images, other losses ------------------------------------
+# ---- variants: learned proxies, part 3's images, other losses -----------------------------------
 
 
 def part_name(args):

@@ -65,7 +65,7 @@ MOST_LABELS = 40  # along one side of a confusion matrix
 BARS = {"elinewidth": 0.9, "capsize": 1.5}  # of intervals
 
 
-# ---- what captions and axes have in common -------------------------------------------------------
+# ---- what captions and axes have in common ------------------------------------------------------
 
 
 def model_name(part, label):

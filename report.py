@@ -1,7 +1,6 @@
 """What a part writes: the record of its run, its rows, its files."""
 
 import contextlib
-import csv
 import functools
 import hashlib
 import importlib.metadata
@@ -20,6 +19,7 @@ import checkpoints
 import common
 import metrics
 import plots
+import storage
 import terminal
 from arguments import RunError, UsageError, first_line
 from metrics import percent
@@ -28,8 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-COLUMNS = ("part", "dataset", "split", "condition", "severity", "head", "metric", "value", "ci_low",
-           "ci_high", "n", "seed", "split_hash", "checkpoint", "weights")
 # what tables and figures call the parts: an edited loss or recipe needs another name here
 LABELS = {"part1": "cross-entropy", "part3": "augmented", "part3_crop_flip": "crop and flip",
           "part4": "Angular", "part4_augmented": "Angular, augmented",
@@ -45,7 +43,6 @@ ROBUSTNESS_FIGURES = {
     "_umap.png": "UMAP of clean, perturbed and attacked images"}
 # in the order of their removal: the last ones say of which weights all are
 ROBUSTNESS_FILES = (*ROBUSTNESS_FIGURES, "_umap.npz", "_state.pt", "_correct.npz", ".json", ".csv")
-REWRITE = "move it away; its part will write it again"
 OUR_CODE = ":(glob)[!.]*.py"  # the Python files beside this one, for git
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "cleverhans", "umap-learn")
 
@@ -133,7 +130,7 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
               data.classes, sizes, split.hash, trained["seed"], values, args.command,
               versions_at_start() | {"script": script}, device, device_name(device), amp.name)
-    for row in read_all(folder):
+    for row in storage.read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
             renamed = row["split_hash"] == run.split_hash
             raise UsageError(f"{folder} holds results on {row['dataset']}, split "
@@ -141,9 +138,9 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
                              f"{run.split_hash}{' (the same data, renamed)' if renamed else ''}; "
                              "give another --results-dir, or move the old results away")
     for each in common.PARTS:  # what is damaged is said now, not by the comparison at the end
-        for file in (each, robustness_name(each)):
-            read_record(folder, file)
-            read_correct(folder, file)
+        for file in (each, storage.robustness_name(each)):
+            storage.read_record(folder, file)
+            storage.read_correct(folder, file)
     checkpoints.lock(folder, name)
     tell_what_is_replaced(run)
     numbers = ", ".join(f"{n:,} {what}" for what, n in sizes.items())
@@ -155,7 +152,7 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
 
 def tell_what_is_replaced(run):
     """One line if the run will replace results that were made with other arguments."""
-    record = read_record(run.folder, run.name)
+    record = storage.read_record(run.folder, run.name)
     resumed = run.args["resume"] and run.path("_state.pt").exists()
     if resumed or not record or not run.path(".csv").exists():
         return
@@ -213,11 +210,6 @@ def device_name(device):
     return f"{device}, {platform.machine()}"
 
 
-def robustness_name(part):
-    """What part 2's files are called for the checkpoint of a part."""
-    return "part2" if part == "part1" else f"{part}_robustness"
-
-
 # ---- rows ---------------------------------------------------------------------------------------
 
 
@@ -268,150 +260,17 @@ def clean_rows(run, predictions, repeated):
     return rows
 
 
+def correct(predicted, labels):
+    """Which images are classified right, as booleans (N,): what tests on the same images need."""
+    return (predicted == labels).cpu().numpy()
+
+
 def headline(rows):
     """The accuracies of a checkpoint's own head, as its meta keeps them."""
     return {r["split"]: r["value"] for r in rows if (r["head"], r["metric"]) == ("own", "accuracy")}
 
 
-# ---- files --------------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    """Writes rows (dicts) as CSV, whole or not at all; floats to 6 digits, a missing key empty."""
-    columns = dict.fromkeys(key for values in rows for key in values)  # once, in order
-    with (checkpoints.atomic(path) as temporary,
-          open(temporary, "w", newline="", encoding="utf-8") as file):
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for values in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value
-                             for key, value in values.items()})
-
-
-def write_text(path, text):
-    with checkpoints.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-def write_record(path, run):
-    """Writes the run as JSON: its command, arguments, versions, weights."""
-    write_text(path, json.dumps(run.record(), indent=1, ensure_ascii=False) + "\n")
-
-
-def read_record(folder, name):
-    """The dict that `write_record` wrote, or None where there is none. Raises UsageError."""
-    path = Path(folder) / f"{name}.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for key, kind in (("args", dict), ("command", str), ("weights", str), ("versions", dict)):
-            if type(record[key]) is not kind:
-                raise ValueError(f"{key} is {record[key]!r}")
-        return record
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path}: not the record of a run ({first_line(error)}); "
-                         f"{REWRITE}") from None
-
-
-def read_table(path):
-    """The rows of a table that a part wrote, with numbers as numbers; [] where there is none.
-
-    severity stays text: "", "3", or eps in 1/255.  Raises UsageError for any other file.
-    """
-    path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                found = ", ".join(reader.fieldnames or ["none"])
-                raise ValueError(f"its columns are {found[:100]}")
-            rows = [typed(values) for values in reader]
-            if not rows:  # else its part would pass for one that was not run
-                raise ValueError("it has no rows")
-            return rows
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}; make it readable, or "
-                         "give another directory") from None
-    except (csv.Error, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: not a table that this code wrote ({first_line(error)}); "
-                         f"{REWRITE}") from None
-
-
-def typed(values):
-    """A row of text with numbers as numbers. Raises ValueError or TypeError for what is no row."""
-    if None in values or None in values.values():
-        raise ValueError("a row has too many or too few cells")
-    row = dict(values)
-    row["value"] = float(row["value"])
-    row["n"] = int(row["n"])
-    row["seed"] = int(row["seed"])
-    for name in ("ci_low", "ci_high"):
-        row[name] = float(row[name]) if row[name] else ""
-    if row["severity"] and f"{float(row['severity']):g}" != row["severity"]:
-        raise ValueError(f"severity {row['severity']!r}")
-    if row["part"] not in common.PARTS:
-        raise ValueError(f"part {row['part']!r}")
-    for name in ("split_hash", "weights"):
-        if len(row[name]) != 12 or not set(row[name]) <= set("0123456789abcdef"):
-            raise ValueError(f"{name} {row[name]!r}")
-    if row["metric"].startswith("accuracy") and not 0 <= row["value"] <= 1:
-        raise ValueError(f"an accuracy of {row['value']}")
-    if row["metric"] == "accuracy":
-        low, high = row["ci_low"], row["ci_high"]
-        if "" in (low, high) or row["n"] < 1 or not low - 1e-6 <= row["value"] <= high + 1e-6:
-            raise ValueError(f"an accuracy of {row['value']}, interval {low} to {high}, n "
-                             f"{row['n']}")
-    return row
-
-
-def read_all(folder):
-    """The rows of every part's tables in `folder`."""
-    rows = []
-    for part in common.PARTS:
-        rows += read_table(Path(folder) / f"{part}.csv")
-        rows += read_table(Path(folder) / f"{robustness_name(part)}.csv")
-    return rows
-
-
-class Correct(NamedTuple):
-    """Which images a model classifies right: {"split/condition/severity": booleans (N,)}."""
-
-    weights: str
-    part1: str  # hash of the part 1 whose adversarial images were tried, or "none"
-    images: dict
-    pixels: dict  # of perturbed images: {"split/condition/severity": hash of their pixels}
-
-
-def write_correct(path, run, images, part1="none", pixels=None):
-    """Writes a Correct as .npz, complete or not at all."""
-    with checkpoints.atomic(path) as temporary:
-        np.savez_compressed(temporary, weights=run.weights, part1=part1,
-                            pixels=json.dumps(pixels or {}), **images)
-
-
-def read_correct(folder, name):
-    """The Correct that `write_correct` wrote, or None where there is none. Raises UsageError."""
-    path = Path(folder) / f"{name}_correct.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = {key: file[key] for key in file.files if "/" in key}
-            if any(array.dtype != bool or array.ndim != 1 for array in images.values()):
-                raise ValueError("arrays that are not booleans")
-            pixels = json.loads(str(file["pixels"])) if "pixels" in file.files else {}
-            return Correct(str(file["weights"]), str(file["part1"]), images, dict(pixels))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:  # a damaged archive can fail anywhere in zlib and numpy
-        raise UsageError(f"{path}: not what a part wrote ({first_line(error)}); "
-                         f"{REWRITE}") from None
-
-
-def correct(predicted, labels):
-    """Which images are classified right, as booleans (N,): what tests on the same images need."""
-    return (predicted == labels).cpu().numpy()
+# ---- states and files of a run ------------------------------------------------------------------
 
 
 def resume(run, state, generator):
@@ -440,9 +299,9 @@ def end_epoch(run, history, state, generator):
 
 def retire(run):
     """Removes part 2's results of a part's earlier weights, by their exact names, and says so."""
-    name = robustness_name(run.part)
-    tested = {row["weights"] for row in read_table(run.folder / f"{name}.csv")}
-    record, images = read_record(run.folder, name), read_correct(run.folder, name)
+    name = storage.robustness_name(run.part)
+    tested = {row["weights"] for row in storage.read_table(run.folder / f"{name}.csv")}
+    record, images = storage.read_record(run.folder, name), storage.read_correct(run.folder, name)
     if record:
         tested.add(record["weights"])
     if images:
@@ -455,8 +314,8 @@ def retire(run):
                            f"as results of earlier weights {', '.join(sorted(tested | begun))}")
 
 
-def write_results(run, tables, figures, images, part1="none", pixels=None):
-    """Writes the run's record, tables {ending: rows} and Correct; removes an earlier run's figures.
+def write_results(run, rows, figures, images, part1="none", pixels=None):
+    """Writes the run's record, rows {ending: rows} and images; removes an earlier run's figures.
 
     All is written, and flushed by each writer's own `atomic`, before anything is replaced or
     removed: a full disk leaves what was there.
@@ -466,10 +325,10 @@ def write_results(run, tables, figures, images, part1="none", pixels=None):
         def temporary(ending):
             return at_the_end.enter_context(checkpoints.atomic(run.path(ending)))
 
-        write_record(temporary(".json"), run)
-        write_correct(temporary("_correct.npz"), run, images, part1, pixels)
-        for ending, rows in tables.items():
-            write_rows(temporary(ending), rows)
+        storage.write_record(temporary(".json"), run)
+        storage.write_correct(temporary("_correct.npz"), run, images, part1, pixels)
+        for ending, some in rows.items():
+            storage.write_rows(temporary(ending), some)
         remove_figures(run, figures)
 
 
@@ -481,6 +340,81 @@ def remove_figures(run, endings):
     for ending in (*endings, "_umap.npz"):
         with contextlib.suppress(OSError):
             run.path(ending).unlink(missing_ok=True)
+
+
+# ---- a run of part 2 ----------------------------------------------------------------------------
+
+
+def start_test(args, model, meta, data, split, device, amp):
+    """The Run of part 2 on a checkpoint, its own files and the tested part's locked.
+
+    Raises UsageError if the data are not those of the checkpoint, or if the results directory holds
+    this part with other weights.
+    """
+    for key, what, ours in (("classes", "classes", list(data.classes)),
+                            ("split_hash", "data or split", split.hash)):
+        if meta[key] != ours:
+            raise UsageError(f"{args.checkpoint} was trained on the {what} {meta[key]}, this run "
+                             f"has {ours}; leave out --dataset, --data-dir, --train-fraction, "
+                             "--split-seed and --quick to use its own; an edit of the data belongs "
+                             "in common.load_data, which all parts call")
+    part = meta["part"]
+    weights = checkpoints.weights_hash(model)
+    checkpoints.lock(args.results_dir, part)  # no training may replace it from here on
+    table = Path(args.results_dir) / f"{part}.csv"
+    for row in storage.read_table(table):
+        if row["weights"] != weights:
+            raise UsageError(f"{table} is of the weights {row['weights']}, but {args.checkpoint} "
+                             f"holds {weights}; give another --results-dir, or end the training "
+                             f"of {part} with --resume first")
+    return start(args, part, data, split, device, amp, storage.robustness_name(part),
+                 Path(args.checkpoint).as_posix(), weights, meta)
+
+
+def check_network(path, meta, clean):
+    """Raises UsageError if the model is not as accurate as when its checkpoint was written.
+
+    Code that was edited since may make another network of the same weights.
+    """
+    then = meta["metrics"].get("test")
+    now = common.accuracy(clean.logits, clean.labels)
+    rounding = 0.02 + 2 / len(clean.labels)  # as another device or precision might make
+    if then is not None and abs(now - then) > rounding:
+        raise UsageError(f"{path}: test accuracy was {percent(then)} % when it was written "
+                         f"and is {percent(now)} % with this code; undo what was edited "
+                         "since (the network, its input, a precision), or train again")
+
+
+def part1_beside(folder, meta, device):
+    """Part 1's model in a results directory, for another part's checkpoint; None without one."""
+    path = Path(folder) / "part1.pt"
+    if meta["part"] == "part1":
+        return None
+    try:
+        model, theirs = common.load_checkpoint(path, device)
+        if (theirs["part"], theirs["split_hash"]) == ("part1", meta["split_hash"]):
+            return model
+        reason = f"{path} is of another part, data set or split"
+    except UsageError as error:
+        reason = error
+    print(f"No transfer attack with part 1's adversarial images: {reason}")
+    return None
+
+
+def finished_before(args, run, published_hash):
+    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
+
+    published_hash: of CIFAR-10-C's files.  Kept among the run's versions, to tell results on
+    different files apart.
+    """
+    if published_hash:
+        run.versions["CIFAR-10-C"] = published_hash
+    identity = run.identity | {checkpoints.TESTED_WEIGHTS: run.weights,
+                               "--umap-points": args.umap_points,
+                               "--cifar10c with the files": published_hash or None}
+    del identity["--cifar10c"]  # the files count, not where they are
+    return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,
+                                       run.versions)
 
 
 # ---- what every training part does after its loop -----------------------------------------------

@@ -21,6 +21,7 @@ import comparison
 import pages
 import plots
 import report
+import storage
 import terminal
 from claims import points, probability, with_interval
 from metrics import percent
@@ -183,7 +184,7 @@ def what_ran(study):
     items = []
     versions = {}
     for part in study.parts.values():
-        names = part.name, report.robustness_name(part.name)
+        names = part.name, storage.robustness_name(part.name)
         for name, record in zip(names, (part.record, part.part2_record), strict=True):
             if record is None:
                 continue
@@ -209,7 +210,7 @@ def missing(study):
     if len(without) == len(study.parts):
         parts.append("part2 (no robustness table of any part)")
     else:
-        parts += [f"part2 on {name} ({report.robustness_name(name)}.csv)" for name in without]
+        parts += [f"part2 on {name} ({storage.robustness_name(name)}.csv)" for name in without]
     variants = [name for name in common.PARTS if name not in (*study.parts, *STUDY)]
     text = f"Missing: {', '.join(parts) or 'nothing'}."
     return f"{text} Variants that were not trained: {', '.join(variants)}." if variants else text
@@ -224,7 +225,7 @@ def figures(study):
                 captions[f"{part.name}{ending}"] = f"{part.title}: {what}"
         if part.has_part2:
             for ending, what in report.ROBUSTNESS_FIGURES.items():
-                captions[f"{report.robustness_name(part.name)}{ending}"] = f"{part.title}: {what}"
+                captions[f"{storage.robustness_name(part.name)}{ending}"] = f"{part.title}: {what}"
     return [f"![{caption}]({name})" for name, caption in captions.items()
             if (study.folder / name).is_file()]
 
@@ -264,14 +265,14 @@ def compare(folder):
     tests = comparison.network_tests(study)
     whole = comparison.measured(study)
     [table] = comparison.shared([whole])
-    report.write_rows(study.folder / "comparison.csv", tests)
+    storage.write_rows(study.folder / "comparison.csv", tests)
     rows = [row for row in table if row["split"] == "test"]
     labels = {name: part.label for name, part in study.parts.items()}
     plots.comparison(study.folder / "comparison.png", rows, labels)
     lines = comparison.overview(table, study.parts)
     cells = [[comparison.cell(value) for value in line.values.values()] for line in lines]
     text = summary(study, lines, cells, table, whole, tests)
-    report.write_text(study.folder / "summary.md", text)
+    storage.write_text(study.folder / "summary.md", text)
     pages.write(study.folder / "summary.html", text)
     body = [(pages.plain(line.title), *texts) for line, texts in zip(lines, cells, strict=True)]
     title = f"Comparison on {study.dataset}, accuracy in % ({study.folder}/summary.md)"

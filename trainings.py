@@ -11,7 +11,7 @@ import common
 import comparison
 import metrics
 import pages
-import report
+import storage
 import terminal
 from arguments import UsageError
 from comparison import ALL_PERTURBED, ALPHA, GROUPS, TEST, TRAIN, Line
@@ -77,8 +77,8 @@ def compare_trainings(folders):
 
 @checkpoints.one_at_a_time
 def write(parent, rows, text):
-    report.write_rows(parent / "trainings.csv", rows)
-    report.write_text(parent / "trainings.md", text)
+    storage.write_rows(parent / "trainings.csv", rows)
+    storage.write_text(parent / "trainings.md", text)
     pages.write(parent / "trainings.html", text)
 
 
@@ -124,7 +124,7 @@ def check(studies):
             if part and part.has_part2:
                 tested.append((study.folder, part.part2_record))
         check_records(name, trained, NOT_COMPARED)
-        check_records(report.robustness_name(name), tested, NOT_COMPARED_PART2)
+        check_records(storage.robustness_name(name), tested, NOT_COMPARED_PART2)
     check_data(studies)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import metrics
-import report
+import storage
 
 import torch
 
@@ -66,7 +66,7 @@ def study(loss, seed, args):
         train.append("--no-part2")
     test = ["part2_robustness.py", "--checkpoint", str(folder / f"{part}.pt"), *TESTS]
     run_once(train, folder, part)
-    run_once(test, folder, report.robustness_name(part))
+    run_once(test, folder, storage.robustness_name(part))
     return folder, part
 
 
@@ -80,8 +80,8 @@ def run_once(command, folder, name):
 
 def values(folder, part):
     """{column: accuracy} of one study, fractions."""
-    rows = report.read_table(folder / f"{part}.csv")
-    rows += report.read_table(folder / f"{report.robustness_name(part)}.csv")
+    rows = storage.read_table(folder / f"{part}.csv")
+    rows += storage.read_table(folder / f"{storage.robustness_name(part)}.csv")
     clean = {}
     perturbed = []
     attacked = {}
@@ -104,7 +104,7 @@ def values(folder, part):
 
 def settings(folder, part):
     """What a loss was trained with, in words, and the commit it was trained at."""
-    record = report.read_record(folder, part)
+    record = storage.read_record(folder, part)
     args = record["args"]
     words = [f"{args['epochs']} epochs", f"lr {args['lr']:g}"]
     if part == "part1":
@@ -120,7 +120,7 @@ def settings(folder, part):
 
 def right(study):
     """Which clean test images a study's model classifies right: booleans."""
-    return report.read_correct(*study).images["test/clean/"]
+    return storage.read_correct(*study).images["test/clean/"]
 
 
 def compared(studies):
@@ -154,7 +154,7 @@ def table(studies):
 
 def datasets(studies):
     """What the studies were trained on, as their tables call it."""
-    records = [report.read_record(*one) for done in studies.values() for one in done]
+    records = [storage.read_record(*one) for done in studies.values() for one in done]
     return " and ".join(sorted({record["dataset"] for record in records}))
 
 
@@ -176,7 +176,7 @@ def main():
         "of several seeds the largest. The Angular loss classifies by the class means of the "
         "embeddings, the margin losses by the proxies they learn.", "", *table(studies), ""])
     print(text)
-    report.write_text(args.output, text)
+    storage.write_text(args.output, text)
     print(f"Written to {args.output}")
 
 

@@ -47,7 +47,7 @@ def main():
     import common
     import muon
     import network
-    import report
+    import storage
     from part3_augmented import augment
 
     import numpy as np
@@ -227,7 +227,7 @@ def main():
         ""])
     print(text)
     path = args.output / f"{name.replace(',', '').replace(' ', '-').lower()}.md"
-    report.write_text(path, text)
+    storage.write_text(path, text)
     print(f"Written to {path}")
 
 

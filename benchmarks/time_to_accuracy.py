@@ -26,6 +26,7 @@ import canvas
 import common
 import part3_augmented
 import report
+import storage
 
 import torch
 import torch.nn.functional as F
@@ -185,8 +186,8 @@ def main():
     args, recipe, arguments = parse_args()
     output = args.output
     rows, caption = measure(recipe, args.usual_epochs, arguments)
-    report.write_rows(output / "time_to_accuracy.csv", rows)
-    report.write_text(output / "time_to_accuracy.md", markdown(rows, caption))
+    storage.write_rows(output / "time_to_accuracy.csv", rows)
+    storage.write_text(output / "time_to_accuracy.md", markdown(rows, caption))
     draw(output / "time_to_accuracy.png", rows, caption)
     print(markdown(rows, caption))
 

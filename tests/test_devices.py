@@ -9,7 +9,7 @@ import part1_baseline
 import part2_robustness
 import part3_augmented
 import part4_angular
-import report
+import storage
 import terminal
 
 import pytest
@@ -147,10 +147,10 @@ def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
     for trained in ("bf16", "off"):
         args = part2_robustness.parse_args([])
         meta = META | {"amp": trained, "args": META["args"] | {"amp": "auto"}}
-        part2_robustness.take_from_checkpoint(args, meta)
+        arguments.take_from_checkpoint(args, meta)
         assert common.Amp(args.amp, torch.device("cpu")).name == trained
     args = part2_robustness.parse_args(["--amp", "off"])
-    part2_robustness.take_from_checkpoint(args, META | {"amp": "bf16"})
+    arguments.take_from_checkpoint(args, META | {"amp": "bf16"})
     assert args.amp == "off"
 
 
@@ -250,7 +250,7 @@ def test_all_parts_run_and_resume_on_the_gpu(tmp_path, amp, monkeypatch, capsys)
     part4_angular.main([*flags, "--no-umap", "--resume"])
     assert "Resumed after epoch 1" in capsys.readouterr().out
     for part in ("part2", "part3_robustness", "part4_robustness", "part4_augmented_robustness"):
-        values = [row["value"] for row in report.read_table(tmp_path / f"{part}.csv")
+        values = [row["value"] for row in storage.read_table(tmp_path / f"{part}.csv")
                   if row["metric"] == "accuracy"]
         assert len(values) > 30
         assert all(0 <= v <= 1 for v in values)

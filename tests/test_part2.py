@@ -10,6 +10,7 @@ import comparison
 import datasets
 import part2_robustness
 import plots
+import report
 import summary
 from arguments import UsageError
 
@@ -181,12 +182,12 @@ def test_each_attack_climbs_the_loss_of_its_own_labels(study):
 def test_conditions_of_other_files_of_cifar10c_are_not_gone_on_with(study, tmp_path):
     run = replace(study.run, folder=tmp_path, versions={})
     args = types.SimpleNamespace(resume=True, umap_points=POINTS)
-    begun = part2_robustness.finished_before(args, run, "a" * 12)
+    begun = report.finished_before(args, run, "a" * 12)
     begun.add(("cifar10c fog", "2"), (torch.zeros(3), 0.5, None))
     assert run.versions == {"CIFAR-10-C": "a" * 12}  # for the record, which comparisons ask
-    assert part2_robustness.finished_before(args, run, "a" * 12).values
+    assert report.finished_before(args, run, "a" * 12).values
     with pytest.raises(UsageError, match="--cifar10c with the files"):
-        part2_robustness.finished_before(args, run, "b" * 12)
+        report.finished_before(args, run, "b" * 12)
 
 
 def test_pictures_of_attacks_are_of_attacked_images_and_captions_say_what_is_shown(study):

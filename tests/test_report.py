@@ -8,6 +8,7 @@ from dataclasses import replace
 import common
 import plots
 import report
+import storage
 import terminal
 from arguments import RunError
 
@@ -183,7 +184,7 @@ def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tin
     widths = {row["split"]: row["value"] for row in rows if row["metric"].startswith("silhouette")}
     for split in ("evaluation", "test"):
         logits, features, _ = predictions[split]
-        images = report.read_correct(tmp_path, "part1").images[f"{split}/clean/"]
+        images = storage.read_correct(tmp_path, "part1").images[f"{split}/clean/"]
         assert images.tolist() == (logits.argmax(1) == labels).tolist()
         assert widths[split] == pytest.approx(silhouette_score(features[some], labels[some]))
 

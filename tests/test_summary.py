@@ -16,6 +16,7 @@ import metrics
 import pages
 import plots
 import report
+import storage
 import summary
 import trainings
 from arguments import UsageError
@@ -51,9 +52,9 @@ def write(run, accuracies, order=0, part1="none", n=N, extra=()):
         images[f"{split}/{condition}/{severity}"] = report.correct(wrong, labels)
     for metric, value in extra:
         rows.append(report.row(run, "test", "fgsm", "", "own", metric, value, n))
-    report.write_rows(run.path(".csv"), rows)
-    report.write_record(run.path(".json"), run)
-    report.write_correct(run.path("_correct.npz"), run, images, part1)
+    storage.write_rows(run.path(".csv"), rows)
+    storage.write_record(run.path(".json"), run)
+    storage.write_correct(run.path("_correct.npz"), run, images, part1)
 
 
 def perturbed(**accuracies):
@@ -168,7 +169,7 @@ def test_severities_are_averaged_before_perturbations(tmp_path):
 
 def append(run, *rows):
     path = run.path(".csv")
-    report.write_rows(path, [*report.read_table(path), *rows])
+    storage.write_rows(path, [*storage.read_table(path), *rows])
 
 
 def head_row(run, split, head, accuracy):
@@ -475,10 +476,10 @@ def test_interval_of_a_claim_against_the_formula_for_paired_proportions(tmp_path
 def test_attacks_are_claimed_against_the_largest_class(tmp_path):
     run = run_of(tmp_path, "part1", "part1")
     write(run, {CLEAN: 0.7}, extra=[("accuracy of cat", 0.9), ("accuracy of dog", 0.2)])
-    rows = report.read_table(tmp_path / "part1.csv")
+    rows = storage.read_table(tmp_path / "part1.csv")
     rows[-1]["n"] = 250  # dogs, and 1,000 cats
     rows += [row | {"split": "evaluation", "n": 4000} for row in rows[-2:]]  # these do not count
-    report.write_rows(tmp_path / "part1.csv", rows)
+    storage.write_rows(tmp_path / "part1.csv", rows)
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
     line = next(line for line in text_of(tmp_path).splitlines() if "is not robust to" in line)
     assert "less accurate than always naming the largest class (80.0 %)" in line
@@ -548,10 +549,10 @@ def test_without_a_parts_own_table_part_2s_decides(tmp_path):
 
 def test_a_table_of_two_weights_gives_those_of_its_first_row(tmp_path):
     write(run_of(tmp_path, "part1", "part1", A), {CLEAN: 0.7})
-    rows = report.read_table(tmp_path / "part1.csv")
+    rows = storage.read_table(tmp_path / "part1.csv")
     other = rows[0] | {"weights": C, "condition": "rotation", "severity": "3", "value": 0.123,
                        "ci_low": 0.1, "ci_high": 0.2}
-    report.write_rows(tmp_path / "part1.csv", [*rows, other])
+    storage.write_rows(tmp_path / "part1.csv", [*rows, other])
     text = text_of(tmp_path)
     assert f"part1.csv: of weights {C}" in text and "12.3" not in text
 
@@ -586,7 +587,7 @@ def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, ke
 def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
     two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
     run = run_of(tmp_path, "part3_robustness", "part3", B)
-    report.write_correct(run.path("_correct.npz"), run, {"test/rotation/3": np.arange(N) < 601}, A)
+    storage.write_correct(run.path("_correct.npz"), run, {"test/rotation/3": np.arange(N) < 601}, A)
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
 
 
@@ -597,7 +598,7 @@ def test_images_of_another_run_are_no_evidence_where_they_happen_to_give_the_acc
     run = run_of(tmp_path, "part3_robustness", "part3", B)
     images = {"test/rotation/3": np.arange(N) >= N - 600,  # 600, but of others
               "test/jpeg/3": np.arange(N) < 501}
-    report.write_correct(run.path("_correct.npz"), run, images, A, {"test/rotation/3": "x"})
+    storage.write_correct(run.path("_correct.npz"), run, images, A, {"test/rotation/3": "x"})
     part = comparison.read_study(tmp_path).parts["part3"]
     assert not part.pixels and "test/rotation/3" not in part.correct
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
@@ -612,7 +613,7 @@ def test_one_image_of_many_too_many_is_no_evidence(tmp_path):
         write(run_of(tmp_path, name, name, weights), {CLEAN: accuracy}, n=n)
     assert verdicts_of(tmp_path)["clean", ""]["verdict"] == "better"
     run = run_of(tmp_path, "part3", "part3", B)
-    report.write_correct(run.path("_correct.npz"), run, {"test/clean/": np.arange(n) < 142_001})
+    storage.write_correct(run.path("_correct.npz"), run, {"test/clean/": np.arange(n) < 142_001})
     assert "not known" in verdicts_of(tmp_path)["clean", ""]["verdict"]
 
 
@@ -662,10 +663,10 @@ def test_a_damaged_or_foreign_file_is_one_sentence(tmp_path, name, content):
 def test_an_odd_cell_is_one_sentence_or_harmless(tmp_path, column, value):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
     write(run_of(tmp_path, "part2", "part1"), perturbed(rotation=0.5, fgsm=0.4))
-    rows = report.read_table(tmp_path / "part2.csv")
+    rows = storage.read_table(tmp_path / "part2.csv")
     for row in rows:
         row[column] = value
-    report.write_rows(tmp_path / "part2.csv", rows)
+    storage.write_rows(tmp_path / "part2.csv", rows)
     try:
         summary.compare(tmp_path)
     except UsageError as error:
@@ -762,7 +763,7 @@ def training(parent, seed, part1, part3=None, **args):
             common_to_both = (name, weights, seed, f"{seed:012x}")
             write(run_of(folder, name, *common_to_both, **args), own)
             if rest:
-                write(run_of(folder, report.robustness_name(name), *common_to_both), rest)
+                write(run_of(folder, storage.robustness_name(name), *common_to_both), rest)
     return folder
 
 
@@ -795,7 +796,7 @@ def test_the_same_head_on_both_parts_by_a_hand_calculation(tmp_path):
         for name, knn in (("part1", 0.6), ("part3", 0.6 + gain)):
             run = run_of(folder, name, name, f"{seed:011x}{name[-1]}", seed, f"{seed:012x}")
             append(run, head_row(run, "test", "knn", knn), head_row(run, "evaluation", "knn", 0.5))
-            again = run_of(folder, report.robustness_name(name), name, run.weights, seed,
+            again = run_of(folder, storage.robustness_name(name), name, run.weights, seed,
                            run.split_hash)
             write(again, {CLEAN: 0.5})  # part 2's figure, after the part's own
         folders.append(folder)
@@ -1184,9 +1185,9 @@ def test_trainings_tested_on_other_pixels_are_refused(tmp_path):
     folders = []
     for seed, pixels in ((1, "abc"), (2, "abc"), (3, "def")):
         folders.append(training(tmp_path, seed, {CLEAN: 0.7} | perturbed(rotation=0.6)))
-        found = report.read_correct(folders[-1], "part2")
+        found = storage.read_correct(folders[-1], "part2")
         run = run_of(folders[-1], "part2", "part1", found.weights)
-        report.write_correct(run.path("_correct.npz"), run, found.images, found.part1,
+        storage.write_correct(run.path("_correct.npz"), run, found.images, found.part1,
                              {"test/rotation/3": pixels})
     trainings.compare_trainings(folders[:2])
     said = "part1 in .*seed1 and part1 in .*seed3 .* test/rotation/3"

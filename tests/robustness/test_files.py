@@ -13,7 +13,7 @@ import checkpoints
 import common
 import part2_robustness
 import part4_angular
-import report
+import storage
 from arguments import RunError, UsageError
 
 import numpy as np
@@ -46,24 +46,24 @@ def fail_at(monkeypatch, owner, name, when=lambda *args: True, error=errno.ENOSP
 @pytest.mark.parametrize("failure", ["written", "flushed", "named"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure):
     path = tmp_path / "a.csv"
-    report.write_rows(path, [{"x": 1.5}])
+    storage.write_rows(path, [{"x": 1.5}])
     assert path.read_text() == "x\n1.5\n"
     rows = [{"x": 2}, {"x": 3}]
     if failure == "written":
-        fail_at(monkeypatch, report.csv.DictWriter, "writerow", lambda writer, row: row["x"] == 3)
+        fail_at(monkeypatch, storage.csv.DictWriter, "writerow", lambda writer, row: row["x"] == 3)
     elif failure == "flushed":
         fail_at(monkeypatch, os, "fsync")
     else:
         fail_at(monkeypatch, checkpoints.Path, "replace")
     with pytest.raises(RunError, match=r"a.csv: No space left on device; what was there before"):
-        report.write_rows(path, rows)
+        storage.write_rows(path, rows)
     assert path.read_text() == "x\n1.5\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_a_measure_that_only_some_epochs_have_is_a_column(tmp_path):
     """As where a student's history has one in every fifth epoch: the table comes after the last."""
-    report.write_rows(tmp_path / "a.csv", [{"epoch": 1}, {"epoch": 2, "norm": 0.5}, {"epoch": 3}])
+    storage.write_rows(tmp_path / "a.csv", [{"epoch": 1}, {"epoch": 2, "norm": 0.5}, {"epoch": 3}])
     assert (tmp_path / "a.csv").read_text() == "epoch,norm\n1,\n2,0.5\n3,\n"
 
 
@@ -80,7 +80,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
             assert checkpoints.read(path, CPU)["weights"].sum() == 1_000_000
         writer.send_signal(signal.SIGKILL)
     assert checkpoints.read(path, CPU)["weights"].sum() == 1_000_000
-    report.write_rows(tmp_path / "state.csv", [{"x": 1}])
+    storage.write_rows(tmp_path / "state.csv", [{"x": 1}])
     checkpoints.write(path, {})  # what the kill left is used up by the next write
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state.csv", "state.pt"]
 
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="cannot write to .*file.*choose another --results-dir"):
         checkpoints.lock(tmp_path / "file", "part1")
     with pytest.raises(RunError, match=r"cannot write .*a.csv.*choose another directory"):
-        report.write_rows(tmp_path / "file" / "a.csv", [{"x": 1}])
+        storage.write_rows(tmp_path / "file" / "a.csv", [{"x": 1}])
 
 
 def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
@@ -414,10 +414,10 @@ def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
 
 
 def test_a_table_with_a_byte_order_mark_and_other_line_ends_is_read(mine):
-    rows = report.read_all(mine)
+    rows = storage.read_all(mine)
     for path in (mine / "part1.csv", mine / "part2.csv"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert report.read_all(mine) == rows
+    assert storage.read_all(mine) == rows
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"[" * 10_000, b"\xff\xfe{",
@@ -470,5 +470,5 @@ def test_records_are_utf_8_with_their_names_as_they_are(mine):
     record = json.loads((mine / "part1.json").read_text(encoding="utf-8"))
     assert record["weights"] == checkpoints.weights_hash(
         common.load_checkpoint(mine / "part1.pt", CPU)[0])
-    assert report.read_record(mine, "part1") == record
+    assert storage.read_record(mine, "part1") == record
     assert record["sizes"] == {"training": 6, "evaluation": 6, "test": 12}

@@ -8,6 +8,7 @@ import checkpoints
 import common
 import comparison
 import report
+import storage
 import summary
 from arguments import RunError, UsageError
 
@@ -34,7 +35,7 @@ OURS = ("part1.pt", "part1.csv", "part1.json", "part1_correct.npz", "part1_histo
         "part3.json", "part3_correct.npz", "comparison.csv", "summary.md", "summary.html")
 FIGURES = ("comparison.png", "part1_umap.png", "part2_umap.png", "part2_fgsm.png")
 WRITTEN = {f"{name}{ending}" for part in common.PARTS
-           for name in (part, report.robustness_name(part))
+           for name in (part, storage.robustness_name(part))
            for ending in (*report.ROBUSTNESS_FILES, ".pt", "_history.csv", "_history.png",
                           "_confusion.png")}
 WRITTEN |= {"comparison.csv", "comparison.png", "summary.md", "summary.html"}
@@ -89,7 +90,7 @@ def harm(path, how, sources, chance):
 
 def hashes(path):
     """The weights that the files of one table claim."""
-    return {row["weights"] for row in report.read_table(path)}
+    return {row["weights"] for row in storage.read_table(path)}
 
 
 def check_comparison(folder):
@@ -100,7 +101,7 @@ def check_comparison(folder):
     except (UsageError, RunError) as error:
         assert "\n" not in str(error)
         return
-    table = report.csv.DictReader((folder / "comparison.csv").read_text("utf-8").splitlines())
+    table = storage.csv.DictReader((folder / "comparison.csv").read_text("utf-8").splitlines())
     for row in table:
         part = study.parts[row["part"]]
         assert row["weights"] == part.weights
@@ -112,8 +113,8 @@ def check_comparison(folder):
         if row["p_holm"]:  # McNemar's test joined the images of the same weights
             for name in (row["part"], row["reference"]):
                 theirs = study.parts[name]
-                files = (name, report.robustness_name(name))
-                kept = [report.read_correct(folder, file) for file in files]
+                files = (name, storage.robustness_name(name))
+                kept = [storage.read_correct(folder, file) for file in files]
                 assert theirs.weights in {found.weights for found in kept if found}
     for part in study.parts.values():
         assert {row["weights"] for row in part.rows} == {part.weights}
@@ -226,10 +227,10 @@ def test_trees_by_chance(tmp_path_factory, classes, n, kinds, missing, fraction,
         assert not (top / "results").exists()
     else:
         _, meta = common.load_checkpoint(top / "results/part1.pt", "cpu")
-        found = {row["metric"] for row in report.read_table(top / "results/part1.csv")}
+        found = {row["metric"] for row in storage.read_table(top / "results/part1.csv")}
         assert {f"accuracy of {name}" for name in meta["classes"]} <= found
         images = len([name for name in before
                       if name.startswith("train/") and "/." not in name])
-        record = report.read_record(top / "results", "part1")
+        record = storage.read_record(top / "results", "part1")
         assert record["sizes"]["training"] + record["sizes"]["evaluation"] == images
     shutil.rmtree(top)

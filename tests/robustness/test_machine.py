@@ -13,7 +13,7 @@ import arguments
 import checkpoints
 import common
 import plots
-import report
+import storage
 import summary
 
 import pytest
@@ -212,7 +212,7 @@ def is_whole(path):
     if path.name.endswith("_history.csv") or path.name == "comparison.csv":
         return path.read_bytes().endswith(b"\n")
     if path.suffix == ".csv":
-        return len(report.read_table(path)) > 0
+        return len(storage.read_table(path)) > 0
     return path.stat().st_size > 0
 
 

@@ -13,6 +13,7 @@ import muon
 import part2_robustness
 import part3_augmented
 import report
+import storage
 
 import numpy as np
 import pytest
@@ -110,14 +111,14 @@ def test_every_part_writes_its_files(results):
 
 
 def test_tables_are_tidy_and_of_one_split(results):
-    rows = report.read_all(results)
+    rows = storage.read_all(results)
     assert {row["part"] for row in rows} == {"part1", "part3", "part4"}
     assert {row["dataset"] for row in rows} == {"digits (QUICK)"}
     assert len({row["split_hash"] for row in rows}) == 1
     sizes = {"train": 20, "evaluation": 80, "test": 100}
     attacks = ("fgsm", "pgd", "random", "worst_case")
     for row in rows:
-        assert tuple(row) == report.COLUMNS
+        assert tuple(row) == storage.COLUMNS
         if row["metric"] == "accuracy":
             assert 0 <= row["ci_low"] <= row["value"] <= row["ci_high"] <= 1
             assert row["n"] == sizes[row["split"]] or row["condition"].startswith(attacks)
@@ -138,7 +139,7 @@ def test_another_parts_checkpoint_is_not_taken_for_part_1(results, tmp_path, cap
     meta = common.load_checkpoint(results / "part4.pt", "cpu")[1]
     for part, is_part1 in (("part1", True), ("part3", False)):
         shutil.copy(results / f"{part}.pt", tmp_path / "part1.pt")
-        found = part2_robustness.part1_beside(tmp_path, meta, "cpu")
+        found = report.part1_beside(tmp_path, meta, "cpu")
         assert (found is not None) == is_part1
         assert ("is of another part" in capsys.readouterr().out) != is_part1
 
@@ -177,7 +178,7 @@ def test_the_summary_names_what_ran_and_what_is_there(results):
     assert {row["part"] for row in read(results / "comparison.csv")} == {"part1", "part3", "part4"}
     text = (results / "summary.md").read_text(encoding="utf-8")
     assert "digits (QUICK)" in text
-    assert report.read_record(results, "part3")["command"] in text
+    assert storage.read_record(results, "part3")["command"] in text
     figures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert "part2_fgsm.png" in figures
     for figure in figures:
@@ -275,7 +276,7 @@ def test_other_numbers_of_classes_go_through_training_attack_and_tables(tmp_path
             8)
     metrics = {row["metric"] for row in read(tmp_path / f"results/{part}.csv")}
     assert len([m for m in metrics if m.startswith("accuracy of class")]) == classes
-    assert len(report.read_all(tmp_path / "results")) > 20
+    assert len(storage.read_all(tmp_path / "results")) > 20
 
 
 def test_another_data_set_or_split_is_refused_and_nothing_is_touched(results, tmp_path):

@@ -12,7 +12,7 @@ import part1_baseline
 import part2_robustness
 import part3_augmented
 import part4_angular
-import report
+import storage
 
 import pytest
 
@@ -89,7 +89,7 @@ def test_the_recorded_command_pasted_into_a_shell_gives_the_same_arguments(
     argv = [str(word) for word in on_tree(tree, f"./{folder}", "--families", "noise", "color")]
     argv += ["--no-part2", f"--data-dir={tree}"]
     part3_augmented.main(argv)
-    command = report.read_record(tmp_path / folder, "part3")["command"]
+    command = storage.read_record(tmp_path / folder, "part3")["command"]
     assert shlex.split(command) == ["python", "part3_augmented.py", *argv]
     echo = subprocess.run(["bash", "-c", command.replace("python", "printf '%s\\0'", 1)], text=True,
                           capture_output=True, check=True)
@@ -194,7 +194,7 @@ def test_no_file_of_ours_is_opened_without_its_encoding():
             where = f"{path.name}:{node.lineno}"
             method = isinstance(node.func, ast.Attribute)
             opens = not method and name == "open" and "b" not in mode
-            reads = name in ("read_text", "write_text") and ast.unparse(node.func)[:6] != "report"
+            reads = name in ("read_text", "write_text") and ast.unparse(node.func)[:7] != "storage"
             if opens or (reads and method):
                 assert words.get("encoding", "").startswith("'utf-8"), where
             if name in ("run", "Popen", "check_output") and "subprocess" in ast.unparse(node.func):

@@ -15,6 +15,7 @@ import part2_robustness
 import perturbations
 import plots
 import report
+import storage
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_a_run_stopped_while_it_draws_leaves_no_earlier_figure(narrow, tree, min
     assert (mine / "part1_umap of mine.png").exists()
 
 
-@pytest.mark.parametrize(("module", "name"), [(common, "predict_splits"), (report, "write_rows")])
+@pytest.mark.parametrize(("module", "name"), [(common, "predict_splits"), (storage, "write_rows")])
 def test_the_table_of_epochs_is_of_the_training_whose_table_is_beside_it(
         narrow, tree, mine, monkeypatch, module, name):
     before = (mine / "part1_history.csv").read_bytes()

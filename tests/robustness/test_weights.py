@@ -5,8 +5,8 @@ import shutil
 import checkpoints
 import common
 import comparison
-import part2_robustness
 import report
+import storage
 from arguments import UsageError
 
 import numpy as np
@@ -26,8 +26,8 @@ def test_all_rows_and_records_carry_the_hash_of_the_tested_weights(trained):
         weights = weights_of(trained / f"{part}.pt")
         for name in names:
             assert {row["weights"] for row in read(trained / f"{name}.csv")} == {weights}
-            assert report.read_record(trained, name)["weights"] == weights
-            assert report.read_correct(trained, name).weights == weights
+            assert storage.read_record(trained, name)["weights"] == weights
+            assert storage.read_correct(trained, name).weights == weights
     assert weights_of(trained / "part1.pt") != weights_of(trained / "part3.pt")
     rows = read(trained / "comparison.csv")
     assert {(row["part"], row["weights"]) for row in rows} == {
@@ -65,7 +65,7 @@ def test_a_kill_between_checkpoint_and_table_is_refused(tree, mine, monkeypatch,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write_record", killed)
+        patch.setattr(storage, "write_record", killed)
         assert call(script, argv)[0] == 130
     with monkeypatch.context() as patch:
         refused(patch, mine / f"{part}.pt", mine)
@@ -159,7 +159,7 @@ def test_a_part_1_of_another_split_lends_no_adversarial_images(mine, monkeypatch
     model, meta = common.load_checkpoint(mine / "part1.pt", "cpu")
     common.save_checkpoint(mine / "part1.pt", model, meta | {"split_hash": "0" * 12})
     _, theirs = common.load_checkpoint(mine / "part3.pt", "cpu")
-    assert part2_robustness.part1_beside(mine, theirs, "cpu") is None
+    assert report.part1_beside(mine, theirs, "cpu") is None
     assert "is of another part, data set or split" in capsys.readouterr().out
     with pytest.raises(UsageError):
         common.load_checkpoint(mine / "part9.pt", "cpu")
@@ -167,5 +167,5 @@ def test_a_part_1_of_another_split_lends_no_adversarial_images(mine, monkeypatch
 
 def test_images_right_are_kept_with_the_part_1_that_lent_its_adversarial_images(mine):
     assert call("part2_robustness", on_checkpoint(mine / "part3.pt", mine))[0] == 0
-    found = [report.read_correct(mine, name).part1 for name in ("part2", "part3_robustness")]
+    found = [storage.read_correct(mine, name).part1 for name in ("part2", "part3_robustness")]
     assert found == ["none", weights_of(mine / "part1.pt")]
