@@ -18,7 +18,6 @@ _fgsm.png, _adversarial.png, _umap.png (for part 3's checkpoint results/part3_ro
 
 import contextlib
 import hashlib
-import time
 from typing import NamedTuple
 
 import arguments
@@ -75,7 +74,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
-    names = perturbation_names(args.perturbations)
+    conditions = list_conditions(args.perturbations, args.severities)
     model, meta = common.load_checkpoint(args.checkpoint, device)
     arguments.take_from_checkpoint(args, meta)
     published_hash, published = "", ()
@@ -92,7 +91,8 @@ def main(argv=None):
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
     report.check_network(args.checkpoint, meta, clean)
-    tested = test_perturbations(args, run, inference, data, amp, names, clean, attack_idx, finished)
+    tested = test_perturbations(args, run, inference, data, amp, conditions, clean, attack_idx,
+                                finished)
     test_published(tested, run, inference, published, amp, finished)
     clock.stop("perturbations")
 
@@ -113,15 +113,19 @@ def main(argv=None):
 # ---- perturbations ------------------------------------------------------------------------------
 
 
-def perturbation_names(names):
-    """The perturbations that `names` stands for, each once. Raises UsageError for unknown ones."""
-    if "all" in names:
-        return list(common.PERTURBATIONS)
-    for name in names:
+def list_conditions(names, severities):
+    """[(perturbation, severity)], each once, severity "" for those that have none.
+
+    names: of perturbations, or "all".  Raises UsageError for a name that is none.
+    """
+    conditions = []
+    for name in common.PERTURBATIONS if "all" in names else dict.fromkeys(names):
         if name not in common.PERTURBATIONS:
             raise UsageError(f"--perturbations: no perturbation is called {name!r}; there are all, "
                              + ", ".join(common.PERTURBATIONS))
-    return list(dict.fromkeys(names))
+        levels = [""] if name in common.NO_SEVERITY else severities
+        conditions += [(name, level) for level in levels]
+    return conditions
 
 
 class Tested(NamedTuple):
@@ -134,7 +138,7 @@ class Tested(NamedTuple):
     examples: list  # (title, images)
 
 
-def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, finished):
+def test_perturbations(args, run, inference, data, amp, conditions, clean, attack_idx, finished):
     """Accuracy and calibration on the whole test set, clean and under every perturbation."""
     images, labels = data.test_images, data.test_labels  # uint8 (N,3,S,S), int64 (N,)
     umap_idx = attack_idx[common.evenly_spaced(len(attack_idx), args.umap_points)]
@@ -142,23 +146,21 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
     of_umap = clean.features[umap_idx]
     panel = report.Panel("clean", "test", "clean", "", of_umap, labels[umap_idx], of_umap)
     tested = Tested([], {}, {}, [panel], [("clean", images[example_idx])])
-    record(tested, run, "clean", "", clean.logits.argmax(1), labels,
-           metrics.calibration_error(clean.logits, labels))
+    add_condition(tested, run, "clean", "", clean.logits.argmax(1), labels,
+                  metrics.calibration_error(clean.logits, labels))
 
-    began = time.perf_counter()
-    conditions = list_conditions(names, args.severities)
-    for i, (name, severity) in enumerate(terminal.progress(conditions, "perturbations")):
+    for name, severity in terminal.timed(conditions, estimate=not args.resume):
         perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
         strongest = severity in ("", max(args.severities))
         pixels = hashlib.sha256(perturbed.cpu().numpy()).hexdigest()[:12]
         key = name, severity, pixels  # by edited code, other pixels: predicted anew
         if key not in finished.values:
-            logits, features, _ = common.predict(model, perturbed, amp)
+            logits, features, _ = common.predict(inference, perturbed, amp)
             calibration_error = metrics.calibration_error(logits, labels)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
             finished.add(key, (logits.argmax(1), calibration_error, some))
         predicted, calibration_error, features = finished.values[key]
-        record(tested, run, name, severity, predicted, labels, calibration_error)
+        add_condition(tested, run, name, severity, predicted, labels, calibration_error)
         tested.pixels[f"test/{name}/{severity}"] = pixels
         title = f"{name} {severity}".replace("_", " ").strip()
         if strongest:
@@ -166,22 +168,7 @@ def test_perturbations(args, run, model, data, amp, names, clean, attack_idx, fi
         if features is not None:
             tested.panels.append(report.Panel(title, "test", name, str(severity), features,
                                               labels[umap_idx], of_umap))
-        if i == 0 and len(conditions) > 2 and not args.resume:
-            seconds = (time.perf_counter() - began) * (len(conditions) - 1)
-            print(f"about {terminal.duration(seconds)} for the other {len(conditions) - 1} "
-                  "conditions, then the attacks", flush=True)
     return tested
-
-
-def list_conditions(names, severities):
-    """[(name, severity)], severity "" for perturbations that have none."""
-    conditions = []
-    for name in names:
-        if name in common.NO_SEVERITY:
-            conditions.append((name, ""))
-        else:
-            conditions += [(name, severity) for severity in severities]
-    return conditions
 
 
 def of_all_classes(labels):
@@ -195,8 +182,8 @@ def of_all_classes(labels):
     return torch.cat(positions)
 
 
-def record(tested, run, condition, severity, predicted, labels, calibration_error):
-    """Adds one condition: accuracy and calibration error of the model's own head, images right."""
+def add_condition(tested, run, condition, severity, predicted, labels, calibration_error):
+    """Adds accuracy and calibration error of the model's own head, and which images are right."""
     tested.rows.append(report.accuracy_row(run, "test", condition, severity, "own", predicted,
                                            labels))
     tested.rows.append(report.row(run, "test", condition, severity, "own", "calibration_error",
@@ -204,16 +191,17 @@ def record(tested, run, condition, severity, predicted, labels, calibration_erro
     tested.correct[f"test/{condition}/{severity}"] = report.correct(predicted, labels)
 
 
-def test_published(tested, run, model, published, amp, finished):
+def test_published(tested, run, inference, published, amp, finished):
     """Adds CIFAR-10-C's conditions, where they are given."""
     for name, severity, images, labels in published:
         labels = torch.from_numpy(labels).to(run.device)
         if (name, severity) not in finished.values:
-            logits = common.predict(model, torch.from_numpy(images).to(run.device), amp).logits
+            images = torch.from_numpy(images).to(run.device)
+            logits = common.predict(inference, images, amp).logits
             calibration_error = metrics.calibration_error(logits, labels)
             finished.add((name, severity), (logits.argmax(1), calibration_error, None))
         predicted, calibration_error, _ = finished.values[name, severity]
-        record(tested, run, name, severity, predicted, labels, calibration_error)
+        add_condition(tested, run, name, severity, predicted, labels, calibration_error)
 
 
 # ---- the attack ---------------------------------------------------------------------------------
@@ -227,7 +215,6 @@ class Attacked(NamedTuple):
     audit: list  # of audit.Check
     features: torch.Tensor  # (n,512) under FGSM at `eps_255`
     eps_255: float
-    labels: torch.Tensor
     examples: list  # (title, images)
 
 
@@ -292,7 +279,7 @@ def attack(args, run, model, images, labels, part1=None):
                                float(check.passed), check.n))
     at = min(eps for eps in sweep if eps >= FIGURE_EPS)
     kept = {f"test/{name}/{eps:g}": found.cpu().numpy() for (name, eps), found in right.items()}
-    return Attacked(rows, kept, checks, features[names.fgsm, at], at, labels, examples)
+    return Attacked(rows, kept, checks, features[names.fgsm, at], at, examples)
 
 
 def excess_over(eps, images, adversarial, norm):
@@ -342,7 +329,7 @@ def plan_sweep(names, directions, sweep, audited):
 def finish(args, run, tested, attacked, part1):
     """Writes tables, then figures; prints them; returns the rows."""
     names = audit.attack_names(args.norm)
-    umap_idx = common.evenly_spaced(len(attacked.labels), args.umap_points)
+    umap_idx = common.evenly_spaced(len(attacked.features), args.umap_points)
     clean = tested.panels[0]
     panel = report.Panel(f"FGSM {attacked.eps_255:g}/255", "test", names.fgsm,
                          f"{attacked.eps_255:g}", attacked.features[umap_idx], clean.labels,

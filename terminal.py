@@ -86,6 +86,21 @@ def progress(items, title, total=None, initial=0):
                 disable=not sys.stderr.isatty())
 
 
+def timed(conditions, estimate):
+    """The conditions of part 2, with a bar; after the first, a line says how long the others take.
+
+    estimate: False for none, where some are finished already.
+    """
+    began = time.perf_counter()
+    for i, condition in enumerate(progress(conditions, "perturbations")):
+        yield condition
+        others = len(conditions) - 1
+        if estimate and i == 0 and others > 1:
+            seconds = (time.perf_counter() - began) * others
+            print(f"about {duration(seconds)} for the other {others} conditions, then the attacks",
+                  flush=True)
+
+
 def duration(seconds):
     """Seconds in the unit a person would use."""
     if seconds < 100:
