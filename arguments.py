@@ -126,8 +126,8 @@ def add_no_part2(parser):
                              "(part2_robustness.py --checkpoint does it later)")
 
 
-def from_checkpoint(parser):
-    """Lets a part that tests a checkpoint take from it what FROM_CHECKPOINT lists, if not given."""
+def leave_to_checkpoint(parser):
+    """Leaves the arguments of FROM_CHECKPOINT out of the result where they are not given."""
     for action in parser._actions:
         if action.dest in FROM_CHECKPOINT:
             action.default = argparse.SUPPRESS
@@ -135,7 +135,10 @@ def from_checkpoint(parser):
 
 
 def take_from_checkpoint(args, meta):
-    """Takes what the command line leaves open from the checkpoint: data, split, seed, precision."""
+    """Takes what the command line leaves open from the checkpoint: data, split, seed, precision.
+
+    Then applies --quick, which may be the checkpoint's: few images are attacked.
+    """
     for name in FROM_CHECKPOINT:
         if name not in args:  # not given on the command line
             setattr(args, name, meta["args"][name])

@@ -63,7 +63,7 @@ def parse_args(argv=None):
         help="test images to attack, spread evenly over the test set")
     add("--audit-images", type=arguments.number(int, 10, 1_000_000), default=100,
         help="how many of these images PGD attacks as well, for the audit")
-    arguments.from_checkpoint(parser)
+    arguments.leave_to_checkpoint(parser)
     args = arguments.parse(parser, argv)
     args.severities = sorted(set(args.severities))
     args.eps_255 = sorted({float(f"{eps:g}") for eps in args.eps_255})  # as tables call them
