@@ -7,7 +7,7 @@ import arguments
 import torch
 import torch.nn.functional as F
 
-MARGINS = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}  # by --loss, what --margin is
+MARGINS = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}  # --loss: its default --margin
 
 
 def add_arguments(add):

@@ -97,7 +97,6 @@ def angular_loss(embeddings, labels, alpha_deg, copies=None):
     return (terms * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-@torch.no_grad()
 def fit_head(model, split, amp):
     """Sets the head's class means, unless a margin loss learned them, and its scale.
 
