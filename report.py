@@ -1,4 +1,4 @@
-"""What a part writes: the record of its run, its rows, its files."""
+"""How a part starts, resumes and ends: the record of its run, its rows, its files."""
 
 import contextlib
 import functools
@@ -126,7 +126,7 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     name = name or part
     checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
     trained = meta or {"args": values, "seed": args.seed}
-    script = shlex.split(args.command)[1]  # one commit may hold several of a part
+    script = shlex.split(args.command)[1]  # a student's copy of it may be in the same commit
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
               data.classes, sizes, split.hash, trained["seed"], values, args.command,
               versions_at_start() | {"script": script}, device, device_name(device), amp.name)
@@ -402,10 +402,10 @@ def part1_beside(folder, meta, device):
 
 
 def finished_before(args, run, published_hash):
-    """The conditions of an interrupted run, with --resume: (labels (N,), error, features or None).
+    """The checkpoints.Finished of a run of part 2: not empty with --resume, after an interruption.
 
-    published_hash: of CIFAR-10-C's files.  Kept among the run's versions, to tell results on
-    different files apart.
+    Its values: (predicted labels (N,), calibration error, features or None).  published_hash: of
+    CIFAR-10-C's files.  Kept among the run's versions, to tell results on different files apart.
     """
     if published_hash:
         run.versions["CIFAR-10-C"] = published_hash
