@@ -27,10 +27,8 @@ class Names(NamedTuple):
     random: str
 
 
-def attack_names(norm):
-    if norm == "inf":
-        return Names("fgsm", "pgd", "random_sign")
-    return Names("fgsm_l2", "pgd_l2", "random_l2")
+NAMES = {"inf": Names("fgsm", "pgd", "random_sign"),
+         "2": Names("fgsm_l2", "pgd_l2", "random_l2")}  # by part 2's --norm
 
 
 class Check(NamedTuple):

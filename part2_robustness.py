@@ -223,7 +223,7 @@ def attack(args, run, model, images, labels, part1=None):
 
     part1: the model whose adversarial images are tried as well.
     """
-    names = audit.attack_names(args.norm)
+    names = audit.NAMES[args.norm]
     largest = max(audit.PGD_AT_LEAST[args.norm], *args.eps_255)  # must leave next to nothing
     sweep = sorted({0, *args.eps_255, largest})  # 0 must change nothing
     audited = sorted({largest, *AUDIT_EPS}.intersection(sweep))
@@ -328,7 +328,7 @@ def plan_sweep(names, directions, sweep, audited):
 
 def finish(args, run, tested, attacked, part1):
     """Writes tables, then figures; prints them; returns the rows."""
-    names = audit.attack_names(args.norm)
+    names = audit.NAMES[args.norm]
     umap_idx = common.evenly_spaced(len(attacked.features), args.umap_points)
     clean = tested.panels[0]
     panel = report.Panel(f"FGSM {attacked.eps_255:g}/255", "test", names.fgsm,

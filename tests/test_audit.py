@@ -232,7 +232,7 @@ def checks_of(**left):
     counts = {"fgsm": 4, "fgsm_unit": 4, "random_sign": 9, "pgd": 1, "pgd_unit": 1} | left
     withstood = {(name, 8): torch.arange(10) < n for name, n in counts.items()}
     few = torch.arange(10)
-    checks = audit.checks_at(audit.attack_names("inf"), withstood, few, 8)
+    checks = audit.checks_at(audit.NAMES["inf"], withstood, few, 8)
     return {check.name: check.passed for check in checks}
 
 
@@ -241,7 +241,7 @@ def test_unit_logits_may_take_off_two_points_of_fgsm_and_five_of_pgd(unit, passe
     withstood = {(name, 8): torch.arange(100) < n for name, n in
                  {"fgsm": 100, "fgsm_unit": unit + 3, "random_sign": 100, "pgd": 100,
                   "pgd_unit": unit}.items()}
-    checks = audit.checks_at(audit.attack_names("inf"), withstood, torch.arange(100), 8)
+    checks = audit.checks_at(audit.NAMES["inf"], withstood, torch.arange(100), 8)
     found = {check.name: check.passed for check in checks}
     assert found["pgd_unit 8/255 is hardly stronger than pgd"] == passed
     assert found["fgsm_unit 8/255 is hardly stronger than fgsm"] == passed
@@ -250,7 +250,7 @@ def test_unit_logits_may_take_off_two_points_of_fgsm_and_five_of_pgd(unit, passe
 def test_pgd_is_compared_with_fgsm_on_the_images_of_both():
     withstood = {(name, 8): torch.arange(10) >= 4 for name in ("fgsm", "fgsm_unit", "random_sign")}
     withstood |= {(name, 8): torch.arange(4) < 1 for name in ("pgd", "pgd_unit")}
-    checks = audit.checks_at(audit.attack_names("inf"), withstood, torch.arange(4), 8)
+    checks = audit.checks_at(audit.NAMES["inf"], withstood, torch.arange(4), 8)
     [check] = [check for check in checks if check.name == "pgd 8/255 is stronger than fgsm"]
     assert (check.passed, check.found) == (False, "25.0 against 0.0 %")
 
@@ -263,7 +263,7 @@ def test_the_bounds_of_the_audit(name, value, passed):
     at = {"no_gradient": 0.0, "excess": 0.0, "changed": 0, "left": 0} | {name: value}
     right = {(attack, eps): torch.arange(100) < at["left"] for eps in (0, 8) for attack in
              ("fgsm", "fgsm_unit", "random_sign", "pgd", "pgd_unit")}
-    checks = audit.audit_attacks(audit.attack_names("inf"), right, torch.arange(100), [8],
+    checks = audit.audit_attacks(audit.NAMES["inf"], right, torch.arange(100), [8],
                                  at["no_gradient"], at["excess"], at["changed"])
     said = {"no_gradient": "few images without a gradient", "excess": "|delta| is at most eps",
             "changed": "eps 0 equals clean", "left": "pgd 8/255 leaves next to nothing"}
@@ -296,7 +296,7 @@ def test_part_1s_images_do_not_count_in_the_worst_case():
              ("fgsm_from_part1", 8): [0, 0, 0, 0], ("pgd", 8): [1, 1]}  # of images 1 and 2
     right = {key: torch.tensor(value, dtype=torch.bool) for key, value in right.items()}
     some = torch.tensor([1, 2])
-    rows = audit.worst_case_rows(a_run(), audit.attack_names("inf"), right, some, [0, 8])
+    rows = audit.worst_case_rows(a_run(), audit.NAMES["inf"], right, some, [0, 8])
     assert {(row["condition"], row["value"]) for row in rows} == {("worst_case", 0.5),
                                                                   ("worst_case_audit", 0.5)}
 

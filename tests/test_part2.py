@@ -211,7 +211,7 @@ def test_random_noise_is_as_large_as_the_attack(study, norm, order):
     args = part2_robustness.parse_args(["--norm", norm])
     images = study.images[:4] / 255
     clean = logits_of(study.model, images)
-    names = audit.attack_names(norm)
+    names = audit.NAMES[norm]
     noise, again = (part2_robustness.make_directions(
         args, names, study.model, images, study.labels[:4], clean, None)[names.random].flatten(1)
         for _ in range(2))
