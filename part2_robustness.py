@@ -96,7 +96,7 @@ def main(argv=None):
     test_published(tested, run, inference, published, amp, finished)
     clock.stop("perturbations")
 
-    images = common.to_float(data.test_images[attack_idx])
+    images = common.to_float(data.test_images[attack_idx])  # rows and maps say "test" of them
     part1 = report.part1_beside(args.results_dir, meta, device)
     attacked = attack(args, run, model, images, data.test_labels[attack_idx], part1)
     clock.stop("attacks")
@@ -158,6 +158,7 @@ def test_perturbations(args, run, inference, data, amp, conditions, clean, attac
             logits, features, _ = common.predict(inference, perturbed, amp)
             calibration_error = metrics.calibration_error(logits, labels)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
+            # all that --resume finds of it: what else is measured on the logits must be kept, too
             finished.add(key, (logits.argmax(1), calibration_error, some))
         predicted, calibration_error, features = finished.values[key]
         add_condition(tested, run, name, severity, predicted, labels, calibration_error)
@@ -289,7 +290,11 @@ def excess_over(eps, images, adversarial, norm):
 
 
 def make_directions(args, names, model, images, labels, clean, part1):
-    """{attack: step of eps 1}; none depends on eps, so each serves the whole sweep."""
+    """{attack: step of eps 1}; none depends on eps, so each serves the whole sweep.
+
+    An attack that is added here is in the tables if its name begins as one in comparison.ATTACKS,
+    and in the figure if plots.ATTACK has a look for it.
+    """
     norm = float(args.norm)
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same noise on every device
     noise = torch.randn(images.shape, generator=generator).to(images.device)
