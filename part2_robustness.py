@@ -96,7 +96,7 @@ def main(argv=None):
     test_published(tested, run, inference, published, amp, finished)
     clock.stop("perturbations")
 
-    images = common.to_float(data.test_images[attack_idx])  # rows and maps say "test" of them
+    images = common.to_float(data.test_images[attack_idx])  # rows and maps call them "test"
     part1 = report.part1_beside(args.results_dir, meta, device)
     attacked = attack(args, run, model, images, data.test_labels[attack_idx], part1)
     clock.stop("attacks")

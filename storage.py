@@ -73,7 +73,7 @@ def read_table(path):
             reader = csv.DictReader(file, strict=True)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 found = ", ".join(reader.fieldnames or ["none"])
-                raise ValueError(f"its columns are {found[:100]}")
+                raise ValueError(f"its columns are not storage.COLUMNS but {found[:100]}")
             rows = [typed(values) for values in reader]
             if not rows:  # else its part would pass for one that was not run
                 raise ValueError("it has no rows")
