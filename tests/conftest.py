@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import resnet18
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,9 +44,14 @@ def small_photos(photos):
 
 @pytest.fixture(scope="session")
 def small_model():
-    """An untrained model in eval mode, whose batch statistics fit its input."""
+    """An untrained model in eval mode, whose batch statistics fit its input.
+
+    With torchvision's network, whatever the first test that asks for it has in its place.
+    """
     torch.manual_seed(0)
-    model = common.Model(outputs=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models.resnet18", resnet18)
+        model = common.Model(outputs=10)
     with torch.no_grad():
         for _ in range(3):
             model(torch.rand(32, 3, 16, 16))

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageSequence, features
+from PIL import Image, ImageSequence, __version__, features
 
+PILLOW = int(__version__.split(".")[0])
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)  # black to white
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -214,6 +215,8 @@ def test_a_fourth_byte_that_is_not_used_is_no_alpha(tmp_path):
 
 @pytest.mark.parametrize("name", ALPHA)
 def test_alpha_is_composited_on_white(name, tmp_path):
+    if name == "La" and PILLOW < 13:
+        pytest.skip("Pillow reads it since version 13")
     data, expected = ALPHA[name]
     pixels = read(data(), tmp_path)
     assert np.abs(pixels.astype(int) - expected).max() <= 1  # premultiplied: two roundings
@@ -242,6 +245,8 @@ COLORS = {
 
 @pytest.mark.parametrize("name", COLORS)
 def test_color_modes_have_the_value_of_their_formula(name, tmp_path):
+    if name == "YCbCr" and PILLOW < 13:
+        pytest.skip("Pillow reads it, uncompressed, since version 13")
     mode, color, file_format, expected = COLORS[name]
     pixels = read(encoded(Image.new(mode, (32, 32), color), file_format), tmp_path)
     tolerance = 5 if mode == "LAB" else 1  # stored in whole units of L*, a*, b*
