@@ -1,5 +1,6 @@
 """One recipe: parts 1, 3 and 4 train in the same way but for what each is about."""
 
+import copy
 import difflib
 import inspect
 import json
@@ -105,16 +106,20 @@ def training(part):
 
 
 class Watched(muon.Muon):
-    """The optimizer, which keeps the learning rate of every step and the weights after it."""
+    """The optimizer, which keeps every step's learning rate and gradients, and the weights."""
 
     def __init__(self, model, *args, **keywords):
         super().__init__(model, *args, **keywords)
         self.model = model
         self.rates = []
-        self.weights = []
+        self.gradients = []
+        self.start = copy.deepcopy(model)
+        self.weights = []  # after every step
 
     def step(self):
         self.rates.append(self.param_groups[0]["lr"])
+        self.gradients.append({name: weights.grad.clone() for name, weights
+                               in self.model.named_parameters() if weights.grad is not None})
         super().step()
         self.weights.append({name: weights.detach().double()  # a copy
                              for name, weights in self.model.named_parameters()})
@@ -123,6 +128,8 @@ class Watched(muon.Muon):
 class Training(NamedTuple):
     """What is left of a training."""
 
+    part: object  # the module
+    batches: list  # (images, labels) of every step, as they were drawn
     optimizer: Watched
     model: common.Model  # the one that was tested
     images: torch.Tensor  # all that were trained on, float in [0,1]
@@ -134,7 +141,7 @@ class Training(NamedTuple):
 
 
 def train(part, folder, *flags):
-    """The Training of a part: 5 epochs of 3 batches of 4 images."""
+    """The Training of a part: 5 epochs of 3 batches of 4 images, turned over in augment's place."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.arange(24) % 2
@@ -143,11 +150,23 @@ def train(part, folder, *flags):
     models = []
     estimated_on = []
     scored = []
+    batches = []
+
+    def noted(draw):
+        def batches_of(*args):
+            for batch in draw(*args):
+                batches.append(batch)
+                yield batch
+        return batches_of
+
     estimate = common.WeightAverage.for_evaluation
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("torchvision.models.resnet18", Tiny)
         monkeypatch.setattr(muon, "Muon", Watched)
         monkeypatch.setattr(common, "load_data", lambda *_: data)
+        for name in ("batches", "balanced_batches"):
+            monkeypatch.setattr(common, name, noted(getattr(common, name)))
+        monkeypatch.setattr(part3_augmented, "augment", lambda images, *_: images.flip(2))
         monkeypatch.setattr(report, "end_epoch", lambda *args: states.append(args[2]))
         monkeypatch.setattr(report, "finish", lambda run, model, *_: models.append(model) or [])
         monkeypatch.setattr(summary, "compare", lambda folder: None)
@@ -156,9 +175,10 @@ def train(part, folder, *flags):
         monkeypatch.setattr(common, "evaluation_accuracy", lambda model, split, amp:
                             scored.append((model, split.eval_images)) or 0.5)
         part.main(["--epochs", 5, "--batch-size", 4, "--train-fraction", 0.5, "--lr", 0.02,
-                   "--weight-decay", 0.03, "--amp", "off", "--results-dir", folder, *flags])
+                   "--weight-decay", 0.03, "--seed", 1, "--amp", "off", "--results-dir", folder,
+                   *flags])
     split = common.split_data(data, 0.5, 0)
-    return Training(states[-1]["optimizer"], models[0], split.train_images / 255,
+    return Training(part, batches, states[-1]["optimizer"], models[0], split.train_images / 255,
                     split.train_labels, common.few_of(split), states[-1]["average"], estimated_on,
                     scored)
 
@@ -181,6 +201,35 @@ def test_the_rate_warms_up_in_a_fifth_of_the_steps_and_falls_to_a_thousandth(wat
     up = [0.1 + 0.9 * (1 - math.cos(math.pi * t / 2)) / 2 for t in range(2)]
     down = [0.001 + 0.999 * (1 + math.cos(math.pi * t / 12)) / 2 for t in range(13)]
     assert watched.optimizer.rates == pytest.approx([0.02 * share for share in up + down])
+
+
+def test_every_step_goes_down_the_loss_of_a_batch_of_training_images_alone(watched):
+    known = {image.numpy().tobytes(): label for image, label
+             in zip(watched.images, watched.labels, strict=True)}
+    model = copy.deepcopy(watched.optimizer.start).double().train()
+    starts = [{}, *watched.optimizer.weights[:-1]]
+    assert len(starts) == 15
+    for before, gradients, (images, labels) in zip(starts, watched.optimizer.gradients,
+                                                   watched.batches, strict=True):
+        images = images / 255
+        assert [known[image.numpy().tobytes()] for image in images] == labels.tolist()
+        if watched.part is part3_augmented:
+            images = images.flip(2)
+        model.load_state_dict(before, strict=False)
+        outputs = model.outputs(images.double())
+        if watched.part is part4_angular:
+            loss = part4_angular.angular_loss(outputs, labels, 36)
+        else:
+            log_p = outputs.log_softmax(1)
+            right = log_p.gather(1, labels.view(-1, 1)).squeeze(1)
+            loss = -(0.9 * right + 0.1 * log_p.mean(1)).mean()
+        model.zero_grad()
+        loss.backward()
+        expected = {name: weights.grad for name, weights in model.named_parameters()
+                    if weights.grad is not None}
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient.double(), expected[name], rtol=1e-3, atol=1e-5), name
 
 
 def test_every_step_has_the_decay_and_momentum_asked_for_and_trains_batch_norm(watched):
