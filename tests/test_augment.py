@@ -100,10 +100,19 @@ def test_perturbed_images_stay_in_range(photos):
 
 def test_every_image_is_cropped_and_the_first_are_perturbed(photos):
     images = photos[:32] / 255
-    cropped = part3_augmented.crop_and_flip(images, torch.Generator().manual_seed(0))
-    result = part3_augmented.augment(images, torch.Generator().manual_seed(0), step=0)
-    changed = (result != cropped).flatten(1).any(1)
-    assert changed.tolist() == [True] * (2 + 2 + 8) + [False] * 20  # of noise, color, geometry
+    generator, ours = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    names = "shot_noise", "contrast", "rotation"  # each the second of its family
+    places = slice(0, 2), slice(2, 4), slice(4, 12)
+    for step, severities in ((1, (1, 1, 1)), (61, (1, 1, 3))):  # after 15, 10 and 12 turns
+        cropped = part3_augmented.crop_and_flip(images, generator)
+        expected = cropped.clone()
+        for name, place, severity in zip(names, places, severities, strict=True):
+            perturb = common.PERTURBATIONS[name]
+            expected[place] = perturb(cropped[place], severity, generator)
+        result = part3_augmented.augment(images, ours, step)
+        assert torch.equal(result, expected)
+        changed = (result != cropped).flatten(1).any(1)
+        assert changed.tolist() == [True] * (2 + 2 + 8) + [False] * 20  # noise, color, geometry
 
 
 @pytest.mark.parametrize(("part", "flags"), [
