@@ -114,8 +114,8 @@ def test_pgd_takes_ten_steps(small_model, batch):
 
 
 def test_unit_logits_have_a_deviation_of_one_in_every_image():
-    logits = torch.tensor([[0.0, 1, 2], [0, 100, 200], [3, -3, 0]])
-    expected = [[0, 1, 2], [0, 1, 2], [1, -1, 0]]  # the deviations are 1, 100 and 3
+    logits = torch.tensor([[0.0, 1, 2], [0, 100, 200], [3, -3, 0], [0, 0, 0]])
+    expected = [[0, 1, 2], [0, 1, 2], [1, -1, 0], [0, 0, 0]]  # the deviations: 1, 100, 3 and 0
     unit = common.UnitLogits(torch.nn.Identity())
     assert unit(logits).tolist() == expected
     [gradient] = torch.autograd.grad(unit(logits.requires_grad_())[1, 1], logits)

@@ -88,6 +88,8 @@ def test_calibration_error_by_hand():
     logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
     error = metrics.calibration_error(logits, torch.tensor([0, 0, 1, 0]))
     assert error == pytest.approx((0.21 + 0.67 + 0.13) / 4, abs=1e-6)
+    sure = torch.tensor([[100.0, 0]] * 4)  # a confidence of 1 is in the last bin
+    assert metrics.calibration_error(sure, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)
 
 
 def test_knn_against_sklearn():
@@ -260,8 +262,9 @@ def test_linear_probe_against_sklearn():
     labels = torch.arange(5).repeat(120)
     features = centers[labels] + torch.randn(600, 12, generator=generator)
     features *= torch.logspace(-2, 2, 12)  # which weighs none of them less
+    features[:, 5] = 3  # as of a unit that never fires
     train, test = (features[:300], labels[:300]), (features[300:], labels[300:])
-    mean, std = train[0].mean(0), train[0].std(0)
+    mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
     theirs = LogisticRegression(C=1 / (2 * 1e-3 * 300), max_iter=1000)  # the same penalty
     theirs.fit((train[0] - mean) / std, train[1])
     expected = torch.from_numpy(theirs.predict((test[0] - mean) / std))
