@@ -68,6 +68,17 @@ def test_a_step_forgets_the_gradients_of_the_step_before():
     assert weight.item() == pytest.approx(1 - 0.3 - 0.3)
 
 
+def test_in_fp16_a_gradient_that_overflows_makes_no_step_and_halves_the_scale():
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    amp = common.Amp("fp16", torch.device("cpu"))
+    scale = amp.scaler.get_scale()
+    for factor, expected, times in ((3, 0.7, 1), (math.inf, 0.7, 0.5), (3, 0.4, 0.5)):
+        amp.step(factor * weight, optimizer)
+        assert weight.item() == pytest.approx(expected)
+        assert amp.scaler.get_scale() == times * scale
+
+
 PART3 = """\
 +images = augment(images, generator, average.steps, args.families)"""
 PART4 = """\
@@ -115,6 +126,9 @@ class Watched(muon.Muon):
         self.gradients = []
         self.start = copy.deepcopy(model)
         self.weights = []  # after every step
+        self.autocast = []  # whether it was on in a forward pass
+        model.backbone.register_forward_pre_hook(
+            lambda *_: self.autocast.append(torch.is_autocast_enabled("cpu")))
 
     def step(self):
         self.rates.append(self.param_groups[0]["lr"])
@@ -151,6 +165,8 @@ def train(part, folder, *flags):
     estimated_on = []
     scored = []
     batches = []
+    if part is not part1_baseline:
+        flags = "--no-part2", *flags
 
     def noted(draw):
         def batches_of(*args):
@@ -193,8 +209,7 @@ def averaged(optimizer, name):
 
 @pytest.fixture(scope="module", params=[part1_baseline, part3_augmented, part4_angular])
 def watched(request, tmp_path_factory):
-    more = [] if request.param is part1_baseline else ["--no-part2"]
-    return train(request.param, tmp_path_factory.mktemp("results"), *more)
+    return train(request.param, tmp_path_factory.mktemp("results"))
 
 
 def test_the_rate_warms_up_in_a_fifth_of_the_steps_and_falls_to_a_thousandth(watched):
@@ -239,6 +254,14 @@ def test_every_step_has_the_decay_and_momentum_asked_for_and_trains_batch_norm(w
     assert watched.optimizer.model.backbone.bn1.num_batches_tracked == 15
 
 
+@pytest.mark.parametrize("part", [part1_baseline, part3_augmented, part4_angular])
+def test_a_training_in_bf16_has_its_passes_and_its_steps_products_in_bf16(part, tmp_path):
+    optimizer = train(part, tmp_path, "--amp", "bf16").optimizer
+    assert optimizer.dtype == torch.bfloat16
+    assert len(optimizer.autocast) > 15
+    assert all(optimizer.autocast)
+
+
 def test_what_is_tested_is_the_average_on_all_training_images(watched):
     for name, weights in watched.model.backbone.named_parameters():
         expected = averaged(watched.optimizer, f"backbone.{name}")
@@ -260,7 +283,7 @@ def test_the_learning_curve_is_of_the_average_on_few_images(watched):
 
 
 def test_part_4_classifies_by_the_means_of_all_training_images(tmp_path):
-    trained = train(part4_angular, tmp_path, "--no-part2")
+    trained = train(part4_angular, tmp_path)
     with torch.no_grad():
         embeddings = F.normalize(trained.model.outputs(trained.images), dim=1)
     means = [embeddings[trained.labels == c].mean(0) for c in range(2)]
@@ -269,6 +292,6 @@ def test_part_4_classifies_by_the_means_of_all_training_images(tmp_path):
 
 
 def test_a_margin_loss_classifies_by_the_average_of_its_proxies(tmp_path):
-    trained = train(part4_angular, tmp_path, "--no-part2", "--loss", "cosface")
+    trained = train(part4_angular, tmp_path, "--loss", "cosface")
     expected = averaged(trained.optimizer, "head.means")
     assert torch.allclose(trained.model.head.means, expected, atol=1e-6)
