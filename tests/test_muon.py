@@ -78,18 +78,22 @@ def test_small_matrices_iterate_as_the_large_one_does(iterations, smallest):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
-def test_a_convolution_steps_as_torchs_muon():
+@pytest.mark.parametrize(("channels", "rows", "columns"), [(2, 8, 12), (1, 12, 6)])
+def test_a_convolution_steps_as_torchs_muon(channels, rows, columns):
     torch.manual_seed(0)
-    convolution = nn.Conv2d(12, 8, 1, bias=False)
-    other = nn.Linear(12, 8, bias=False)
+    convolution = nn.Conv2d(channels, rows, (2, 3), bias=False)
+    other = nn.Linear(columns, rows, bias=False)
     other.weight.data.copy_(convolution.weight.data.flatten(1))
     ours = muon.Muon(convolution, 0.1, 0.6, 0)
-    theirs = torch.optim.Muon(other.parameters(), 0.1, weight_decay=0, momentum=0.6,
+    rate = 0.1 / max(1, rows / columns) ** 0.5  # theirs is larger for tall matrices
+    theirs = torch.optim.Muon(other.parameters(), rate, weight_decay=0, momentum=0.6,
                               ns_steps=3)
     for _ in range(4):
-        gradient = torch.randn(8, 12)
-        other.weight.data *= 8**0.5 / other.weight.data.norm()  # what theirs does not do
-        convolution.weight.grad, other.weight.grad = gradient.view(8, 12, 1, 1), gradient
+        gradient = torch.randn(rows, columns)
+        norm = min(rows, columns) ** 0.5
+        other.weight.data *= norm / other.weight.data.norm()  # what theirs does not do
+        convolution.weight.grad = gradient.view(rows, channels, 2, 3)
+        other.weight.grad = gradient
         before = other.weight.detach().clone()
         ours.step()
         theirs.step()  # in bf16
@@ -144,15 +148,22 @@ def test_the_layout_of_the_weights_makes_no_difference():
         assert torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_small_gradients_count_in_every_precision(dtype):
+@pytest.mark.parametrize(("dtype", "inside"), [
+    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+    (torch.float32, torch.float32)])
+def test_small_gradients_count_in_every_precision(dtype, inside, monkeypatch):
     convolution = nn.Conv2d(12, 8, 1, bias=False)
     gradient = 1e-9 * torch.randn(8, 12)
     expected = muon.orthogonalized(gradient)
     before = convolution.weight.detach().flatten(1)
     before = before * (8**0.5 / before.norm())
     convolution.weight.grad = gradient.view(8, 12, 1, 1)
+    seen = []
+    orthogonalized = muon.orthogonalized
+    monkeypatch.setattr(muon, "orthogonalized",
+                        lambda matrix: seen.append(matrix.dtype) or orthogonalized(matrix))
     muon.Muon(convolution, 1.0, 0, 0, dtype).step()
+    assert seen == [inside]
     assert torch.allclose(before - convolution.weight.flatten(1), expected, atol=0.02)
 
 
