@@ -53,6 +53,9 @@ def test_paired_difference_against_scipy():
     assert found.p_value == pytest.approx(expected.pvalue)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.mean == pytest.approx((ours - theirs).mean()) and found.n == 5
+    worse = metrics.paired_difference(theirs, ours)
+    assert worse.p_value == pytest.approx(expected.pvalue)
+    assert (worse.low, worse.high) == pytest.approx((-interval.high, -interval.low))
 
 
 def test_a_small_spread_is_a_spread():
@@ -77,6 +80,8 @@ def test_the_same_difference_in_images_is_no_spread_of_six_digits(trainings):
         ours = [float(f"{(count + 5) / 364:.6g}") for count in theirs]
         found = metrics.paired_difference(ours, [float(f"{count / 364:.6g}") for count in theirs])
         assert (found.low, found.high, found.p_value) == (-math.inf, math.inf, 1)
+    most = metrics.paired_difference([0.700001, 0.7], [0.6, 0.600001])  # that rounding makes
+    assert most.p_value == 1
     found = metrics.paired_difference([0.7, 0.700005], [0.6, 0.6])  # one of 200,000 images
     assert math.isfinite(found.low) and found.p_value < 1e-4
 
@@ -114,6 +119,8 @@ def test_knn_can_leave_out_the_image_itself():
     others = metrics.knn_predict(points, labels, points, k=1, not_itself=True)
     reference = NearestNeighbors(n_neighbors=2, metric="cosine").fit(points.numpy())
     assert others.tolist() == reference.kneighbors(return_distance=False)[:, 0].tolist()
+    apart = torch.tensor([[1.0, 0.0], [-1.0, 0.1]])  # a negative cosine
+    assert metrics.knn_predict(apart, labels[:2], apart, k=1, not_itself=True).tolist() == [1, 0]
 
 
 def test_knn_ties_go_to_the_nearer_neighbours():
