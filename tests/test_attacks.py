@@ -65,8 +65,8 @@ def test_attacks_leave_the_model_as_it_was(small_model, batch):
     state = {k: v.clone() for k, v in small_model.state_dict().items()}
     gradients = [None if p.grad is None else p.grad.clone() for p in small_model.parameters()]
     adversarial = common.fgsm(small_model, images, labels, 8 / 255)
-    common.pgd(small_model, images, labels, 8 / 255, steps=2)
-    assert not adversarial.requires_grad
+    moved = common.pgd(small_model, images, labels, 8 / 255, steps=2)
+    assert not adversarial.requires_grad and not moved.requires_grad
     assert small_model.training
     assert not frozen.requires_grad
     for name, tensor in small_model.state_dict().items():  # batch statistics, too
@@ -89,7 +89,7 @@ def test_every_module_is_in_its_former_mode_after_an_attack(small_model):
 def test_attack_is_float32_also_under_autocast(small_model, batch):
     images, labels = batch
     with torch.autocast("cpu", torch.bfloat16):
-        under = common.fgsm(small_model, images, labels, 8 / 255)
+        under = common.fgsm(small_model, images.double(), labels, 8 / 255)
     assert torch.equal(under, common.fgsm(small_model, images, labels, 8 / 255))
     assert under.dtype == torch.float32
 
@@ -133,4 +133,6 @@ def test_an_image_without_a_gradient_has_no_direction(batch):
             return self.weight * logits + 0 * images.mean()
 
     images, labels = batch
-    assert (common.fgsm_direction(Saturated(), images, torch.zeros_like(labels)) == 0).all()
+    for norm in (np.inf, 2):
+        direction = common.fgsm_direction(Saturated(), images, torch.zeros_like(labels), norm)
+        assert (direction == 0).all()
