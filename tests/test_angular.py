@@ -177,7 +177,7 @@ def test_margins_by_hand(kind, margin, theta):
     head = common.ClassMeans(2, 16)
     criterion = MarginLoss(kind, head, margin, scale=10.0)
     with torch.no_grad():
-        head.means.zero_()[:, :2] = torch.eye(2)
+        head.means.zero_()[:, :2] = torch.diag(torch.tensor([2.0, 0.5]))  # of any length
     embedding = torch.zeros(1, 16)
     embedding[0, 0], embedding[0, 1] = 3 * math.cos(theta), 3 * math.sin(theta)
     m = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}[kind] if margin is None else margin
