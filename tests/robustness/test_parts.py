@@ -162,16 +162,22 @@ def test_transferred_images_are_part_1s(results):
 def test_the_table_is_what_the_checkpoint_does(results):
     """Independently of the evaluation code: load, classify, count."""
     data = common.load_data("digits", "data", torch.device("cpu"), quick=True)
+    split = common.split_data(data, 0.2, 0)
     for part in ("part1", "part3", "part4"):
         model, meta = common.load_checkpoint(results / f"{part}.pt", "cpu")
         assert meta["epoch"] == 2
-        with torch.no_grad():
-            logits = model(data.test_images.float() / 255)
-        right = (logits.argmax(1) == data.test_labels).float().mean().item()
-        assert right == pytest.approx(meta["metrics"]["test"], abs=0.011)  # one image of 100
-        row = next(row for row in read(results / f"{part}.csv")
-                   if (row["split"], row["head"]) == ("test", "own"))
-        assert float(row["value"]) == pytest.approx(meta["metrics"]["test"], abs=1e-6)
+        for where, images, labels in (("train", split.train_images, split.train_labels),
+                                      ("evaluation", split.eval_images, split.eval_labels),
+                                      ("test", data.test_images, data.test_labels)):
+            with torch.no_grad():
+                logits = model(images.float() / 255)
+            right = (logits.argmax(1) == labels).float().mean().item()
+            found = meta["metrics"][where]
+            assert right == pytest.approx(found, abs=1.01 / len(labels))  # one image
+            row = next(row for row in read(results / f"{part}.csv")
+                       if (row["split"], row["head"]) == (where, "own"))
+            assert float(row["value"]) == pytest.approx(found, abs=1e-5)
+            assert int(row["n"]) == len(labels)
 
 
 def test_the_summary_names_what_ran_and_what_is_there(results):
