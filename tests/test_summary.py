@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import html.parser
+import itertools
 import json
 import re
 import runpy
@@ -125,7 +126,9 @@ def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, files, verdict):
         run.versions["CIFAR-10-C"] = mine
         write(run_of(tmp_path, part, part, weights), {CLEAN: 0.7})
         write(run, {("test", "cifar10c fog", "3"): value})
-    assert verdicts_of(tmp_path)["cifar10c fog", "3"]["verdict"] == verdict
+    found = verdicts_of(tmp_path)
+    assert found["cifar10c fog", "3"]["verdict"] == verdict
+    assert found["clean", ""]["verdict"] == "no difference shown"
 
 
 def test_means_by_hand(tmp_path):
@@ -142,11 +145,12 @@ def test_means_by_hand(tmp_path):
         assert f"- **Perturbed:** 55.0 % on average (mPC), lowest under {lowest}.\n" in text
 
 
-def test_cifar10c_does_not_count_in_the_means(tmp_path):
+def test_cifar10c_and_what_is_no_longer_there_do_not_count_in_the_means(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.8})
     write(run_of(tmp_path, "part2", "part1"),
-          perturbed(rotation=0.5, jpeg=0.6) | {("test", "cifar10c fog", "5"): 0.1})
+          perturbed(rotation=0.5, jpeg=0.6, removed=0.2) | {("test", "cifar10c fog", "5"): 0.1})
     found = lines_of(tmp_path)
+    assert found["removed (other)"]["part1"] == 0.2
     assert found["cifar10c fog (CIFAR-10-C)"]["part1"] == 0.1
     assert found[comparison.ALL_PERTURBED]["part1"] == pytest.approx(0.55)
     assert found["mPC relative to clean"]["part1"] == pytest.approx(0.55 / 0.8)
@@ -155,16 +159,22 @@ def test_cifar10c_does_not_count_in_the_means(tmp_path):
     assert "Means are taken over severities (3), then over perturbations." in text
 
 
+def test_an_error_of_part_1_that_is_zero_divides_nothing(tmp_path):
+    two_parts(tmp_path, {"rotation": 0.9}, {"rotation": 1.0})
+    found = lines_of(tmp_path)["corruption error (part1: 100)"]
+    assert np.isnan([*found.values()]).all()
+
+
 def test_severities_are_averaged_before_perturbations(tmp_path):
     levels = {"part1": (0.9, 0.6, 0.3), "part3": (0.8, 0.8, 0.5)}  # means 0.6 and 0.7
     for name, part, weights in (("part2", "part1", A), ("part3_robustness", "part3", B)):
         rotation = {("test", "rotation", severity): value
                     for severity, value in zip("135", levels[part], strict=True)}
-        write(run_of(tmp_path, name, part, weights), rotation | perturbed(jpeg=0.4))
+        write(run_of(tmp_path, name, part, weights), rotation | perturbed(jpeg=0.4, scale=0.5))
     found = lines_of(tmp_path)
-    assert found[comparison.ALL_PERTURBED] == pytest.approx({"part1": 0.5, "part3": 0.55})
+    assert found[comparison.ALL_PERTURBED] == pytest.approx({"part1": 0.5, "part3": 1.6 / 3})
     assert found["corruption error (part1: 100)"]["part3"] == pytest.approx(
-        (0.3 / 0.4 + 0.6 / 0.6) / 2)
+        (0.3 / 0.4 + 0.6 / 0.6 + 0.5 / 0.5) / 3)
 
 
 def append(run, *rows):
@@ -189,14 +199,20 @@ def test_calibration_is_averaged_over_severities_before_perturbations(tmp_path):
                                          ("rotation", 3, 0.3), ("grayscale", "", 0.6),
                                          ("clean", "", 0.5),  # does not replace the part's own
                                          ("cifar10c fog", 3, 0.9))))  # which does not count
+    part3 = run_of(tmp_path, "part3_robustness", "part3", B)
+    write(part3, {("test", "rotation", s): 0.5 for s in "123"} | {("test", "grayscale", ""): 0.5,
+                                                                  ("test", "jpeg", "3"): 0.5})
+    append(part3, *(report.row(part3, "test", name, s, "own", "calibration_error", error, N)
+                    for name, s, error in (("rotation", 1, 0.1), ("jpeg", 3, 0.8))))  # not of both
     text = text_of(tmp_path)
     assert "| calibration error, % | test set | mean over perturbations |" in text
+    assert "| part3 (augmented) | - | 10.0 |" in text
     assert "| part1 (cross-entropy) | 2.0 | 40.0 |" in text
 
 
 def test_every_head_stands_under_its_own_name(tmp_path):
     run = run_of(tmp_path, "part1", "part1")
-    write(run, {CLEAN: 0.7})
+    write(run, {CLEAN: 0.7, ("train", "clean", ""): 0.9})
     append(run, head_row(run, "test", "knn", 0.6), head_row(run, "test", "probe", 0.5))
     write(run_of(tmp_path, "part2", "part1"), {CLEAN: 0.5})  # does not replace the part's own
     text = text_of(tmp_path)
@@ -240,7 +256,9 @@ def test_means_are_over_conditions_that_all_models_have(tmp_path):
     two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5, "jpeg": 0.9})
     assert lines_of(tmp_path)[comparison.ALL_PERTURBED] == pytest.approx(
         {"part1": 0.5, "part3": 0.6})
-    assert "not every model was tested on them: 1 pairs of condition" in text_of(tmp_path)
+    text = text_of(tmp_path)
+    assert "not every model was tested on them: 1 pairs of condition" in text
+    assert "| **mean over perturbations (mPC)** | 50.0 | 60.0 |" in text
 
 
 def test_every_reference_has_its_rows(tmp_path):
@@ -249,7 +267,7 @@ def test_every_reference_has_its_rows(tmp_path):
                                     ("part4_proxies", "e" * 12, 0.6), ("part4", "f" * 12, 0.6),
                                     ("part4_proxies_augmented", "0" * 12, 0.6)):
         write(run_of(tmp_path, part, part, weights), {CLEAN: accuracy})
-    summary.compare(tmp_path)
+    text = text_of(tmp_path)
     found = {(row["part"], row["reference"]): row for row in read(tmp_path / "comparison.csv")}
     assert set(found) == {("part1", ""), ("part3", "part1"), ("part3", "part3_crop_flip"),
                           ("part3_crop_flip", "part1"), ("part4_augmented", "part3"),
@@ -257,6 +275,16 @@ def test_every_reference_has_its_rows(tmp_path):
                           ("part4_proxies_augmented", "part3")}
     assert found["part4_augmented", "part3"]["verdict"] == "worse"
     assert float(found["part3", "part3_crop_flip"]["difference"]) == pytest.approx(0.1)
+    sentence = r"^- \*\*This network against (\w+) .*?:\*\* (\S+) points on clean test images, p"
+    assert re.findall(sentence, text, re.M) == [
+        ("part1", "+30.0"), ("part3_crop_flip", "+10.0"), ("part1", "+20.0"), ("part1", "+10.0"),
+        ("part3", "-10.0"), ("part1", "+10.0"), ("part3", "-20.0")]
+    claimed = r"^\| (\w+) .* than (\w+) .* clean test images \| (\S+) .* \*\*this network: (\w+)"
+    said = re.findall(claimed, text, re.M)
+    assert {(part, reference) for part, reference, _, _ in said} == set(found) - {("part1", "")}
+    assert len(said) == 7
+    assert ("part3", "part3_crop_flip", "+10.0", "supported") in said
+    assert ("part4_augmented", "part3", "-10.0", "contradicted") in said
 
 
 def test_rows_have_the_interval_of_their_own_accuracy(tmp_path):
@@ -291,11 +319,12 @@ def test_clean_accuracy_of_attacked_images_is_not_the_clean_accuracy(tmp_path):
 
 def test_attacks_stand_where_they_are_swept_or_pgd_ran(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
-    tried = (("worst_case", "4"), ("random_sign", "4"), ("random_sign", "8"), ("pgd", "8"))
+    tried = (("worst_case", "4"), ("random_sign", "4"), ("random_sign", "8"), ("pgd", "8"),
+             ("random_l2", "64"), ("pgd_l2", "64"))
     write(run_of(tmp_path, "part2", "part1"), {("test", *each): 0.5 for each in tried})
     assert [title for title in lines_of(tmp_path) if "/255" in title] == [
-        "PGD 8/255, n = 1,000", "random sign 8/255, n = 1,000",
-        "worst of its own one-step attacks 4/255, n = 1,000"]
+        "PGD 8/255, n = 1,000", "PGD L2 64/255, n = 1,000", "random L2 64/255, n = 1,000",
+        "random sign 8/255, n = 1,000", "worst of its own one-step attacks 4/255, n = 1,000"]
 
 
 def test_jpeg_on_the_jpeg_copy_is_marked_and_no_held_out_perturbation(tmp_path):
@@ -305,8 +334,10 @@ def test_jpeg_on_the_jpeg_copy_is_marked_and_no_held_out_perturbation(tmp_path):
         write(run_of(tmp_path, "part2", "part1", dataset=dataset),
               perturbed(jpeg=0.9, pixelate=0.4))
         assert lines_of(tmp_path)[comparison.HELD_OUT]["part1"] == pytest.approx(expected)
-        marked = "| JPEG (blur; training images are JPEG) | 90.0 |" in text_of(tmp_path)
+        text = text_of(tmp_path)
+        marked = "| JPEG (blur; training images are JPEG) | 90.0 |" in text
         assert marked == (dataset != "CIFAR-10")
+        assert ("JPEG is left out of the held-out mean" in text) == marked
 
 
 def test_a_perturbation_that_is_newer_than_part_3_was_not_trained_on(tmp_path):
@@ -360,16 +391,19 @@ def test_the_gap_is_claimed_where_the_intervals_do_not_meet(tmp_path, train, tes
 def test_findings_give_every_number_to_its_own_images(tmp_path):
     write(run_of(tmp_path, "part1", "part1"),
           {("train", "clean", ""): 0.9, ("evaluation", "clean", ""): 0.6, CLEAN: 0.7})
+    rows = storage.read_table(tmp_path / "part1.csv")
+    rows[0]["n"] = 200
+    storage.write_rows(tmp_path / "part1.csv", rows)
     write(run_of(tmp_path, "part2", "part1"),
           {("test", "fgsm", eps): value for eps, value in (("0", 0.7), ("2", 0.5), ("8", 0.2))})
     text = text_of(tmp_path)
     assert ("- **Clean:** 60.0 % (56.9 to 63.0, n = 1,000) of the evaluation images, 70.0 % (67.1 "
-            "to 72.8, n = 1,000) of the test images, 90.0 % of its 1,000 training images, a "
+            "to 72.8, n = 1,000) of the test images, 90.0 % of its 200 training images, a "
             "generalization gap (training - test) of 20.0 points.\n") in text
     assert "- **Attacked** at 8/255: FGSM 20.0 % (17.6 to 22.6, n = 1,000)." in text
     write(run_of(tmp_path, "part2", "part1"),
-          {("test", "fgsm", "32"): 0.2, ("test", "pgd", "64"): 0})
-    assert "- **Attacked** at 64/255: PGD 0.0 % (0.0 to 0.4, n = 1,000)." in text_of(tmp_path)
+          {("test", "fgsm", "64"): 0.2, ("test", "pgd", "128"): 0})
+    assert "- **Attacked** at 128/255: PGD 0.0 % (0.0 to 0.4, n = 1,000)." in text_of(tmp_path)
 
 
 def test_questions_and_commands_are_of_their_own_part(tmp_path):
@@ -425,15 +459,20 @@ def test_the_audits_that_pass_are_counted(tmp_path):
 
 def test_every_differing_argument_is_named(tmp_path):
     write(run_of(tmp_path, "part1", "part1", A, weight_decay=0.002, data_dir="x", lr=1,
-                 eps_255=[0, 8]), {CLEAN: 0.7})
+                 eps_255=[0, 8], amp="auto", margin=0.5), {CLEAN: 0.7})
     write(replace(run_of(tmp_path, "part3", "part3", B, seed=3, epochs=30, weight_decay=0.001,
-                         families=["noise"], data_dir="y", lr=1.0, eps_255=[0.0, 8.0]),
-                  sizes={"training": 12}), {CLEAN: 0.9})
+                         families=["noise"], data_dir="y", lr=1.0, eps_255=[0.0, 8.0],
+                         amp="bf16",
+                         shares={"rotation": 4}),  # long, and of part 3 alone: not said
+                  sizes={"training": 12}, amp="bf16", device_name="H100",
+                  versions={"torch": "3", "commit": "abc", "optimizer": "SGD"}), {CLEAN: 0.9})
     found = re.search("Their trainings differ in (.*)$", text_of(tmp_path), re.M)[1]
     assert found == ("`--seed` (3; part1 0), `--split-seed` (3; part1 0), `--epochs` (30; part1 6),"
-                     " `--weight-decay` (0.001; part1 0.002), training images (12; part1 unknown);"
+                     " `--weight-decay` (0.001; part1 0.002), training images (12; part1 unknown),"
+                     " mixed precision (bf16; part1 off), optimizer (SGD; part1 unknown), device"
+                     " (H100; part1 cpu), torch (3; part1 2), commit (abc; part1 unknown);"
                      " arguments that only one has: "
-                     "`--families` noise.")
+                     "`--families` noise, `--margin` 0.5 (part1).")
 
 
 def test_claims_are_of_this_network_and_open_the_summary(tmp_path):
@@ -450,14 +489,19 @@ def test_claims_are_of_this_network_and_open_the_summary(tmp_path):
 
 def test_p_values_of_claims_are_corrected_over_the_two_means(tmp_path):
     two_parts(tmp_path, {"rotation": 0.505, "jpeg": 0.603}, {"rotation": 0.5, "jpeg": 0.6})
-    write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.704})
+    for part, weights, accuracy in (("part1", A, 0.7), ("part3", B, 0.704)):
+        write(run_of(tmp_path, part, part, weights),
+              {("evaluation", "clean", ""): 0.6, CLEAN: accuracy})
     ours, theirs = (1.0 * (np.arange(N) < count)
                     for count in (np.array([[505], [603]]), np.array([[500], [600]])))
     seen, held_out = ttest_rel(ours, theirs, axis=1).pvalue
     assert seen < held_out
-    lines = [line for line in text_of(tmp_path).splitlines() if "more accurate than part1" in line]
-    for line, p_value in zip(lines, (2 * 0.5**4, 2 * seen, held_out), strict=True):
-        assert f", p {claims.probability(p_value)} |" in line  # 4 images of McNemar's
+    text = text_of(tmp_path)
+    assert ("+0.0 points on clean evaluation images, p = 1: no difference shown; +0.4 points on "
+            "clean test images, p = 0.25: no difference shown; of 2 perturbed") in text
+    lines = [line for line in text.splitlines() if "more accurate than part1" in line]
+    for line, p_value in zip(lines, (2 * 2 * 0.5**4, 2 * seen, held_out), strict=True):
+        assert f", p {claims.probability(p_value)} |" in line  # 4 images of McNemar's, two splits
 
 
 @pytest.mark.parametrize(("p_value", "said"), [
@@ -498,6 +542,8 @@ def test_attacks_are_claimed_against_guessing(tmp_path):
     line = next(line for line in text_of(tmp_path).splitlines() if "is not robust to" in line)
     assert "at 8/255 (worst of its own attacks)" in line  # with PGD, the strongest
     assert "**this network: supported**" in line
+    write(run_of(tmp_path, "part2", "part1"), perturbed(fgsm=0.6, pgd=0.4))
+    assert "guessing (50.0 %) at 8/255 (PGD) | 40.0 % (" in text_of(tmp_path)
     write(run_of(tmp_path, "part2", "part1"),
           {("test", "fgsm", "2"): 0.6, ("test", "fgsm", "16"): 0.1})
     largest = "guessing (50.0 %) at 16/255 (FGSM) | 10.0 % (8.3 to 12.0, n = 1,000)"
@@ -568,7 +614,8 @@ def test_rows_of_another_part_in_a_file_are_left_out(tmp_path):
         summary.compare(tmp_path)
 
 
-@pytest.mark.parametrize(("made_on", "kept"), [(A, True), ("none", True), (C, False)])
+@pytest.mark.parametrize(("made_on", "kept"), [(A, True), ("none", True), (C, False),
+                                               ("that no file names", False)])
 def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, kept):
     write(run_of(tmp_path, "part1", "part1", A), {CLEAN: 0.7})
     write(run_of(tmp_path, "part3", "part3", B), {CLEAN: 0.7})
@@ -576,18 +623,22 @@ def test_adversarial_images_of_another_part_1_do_not_count(tmp_path, made_on, ke
           perturbed(fgsm=0.4, pgd=0.3, fgsm_from_part1=0.33, worst_case=0.22), part1=made_on,
           extra=[("audit: fgsm_from_part1 8/255 is not stronger than fgsm", 0.0),
                  ("audit: |delta| is at most eps", 1.0)])
+    if made_on.startswith("that"):
+        (tmp_path / "part3_robustness_correct.npz").unlink()
     text = text_of(tmp_path)
     assert ("33.0" in text) == ("1 of 2 pass" in text) == kept
     assert ("1 of 1 pass" in text) != kept
     assert "| FGSM 8/255, n = 1,000 | - | 40.0 |" in text
     assert "22.0" in text  # the worst of the attacks on the model itself
-    assert (f"made on weights {C}, but the part 1 here is of {A}" in text) != kept
+    assert (f"made on weights {made_on}, but the part 1 here is of {A}" in text) != kept
 
 
-def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path):
+@pytest.mark.parametrize(("right", "n"), [(601, N), (300, N // 2)])  # 0.6 of others
+def test_images_that_do_not_give_the_tables_accuracy_are_no_evidence(tmp_path, right, n):
     two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
     run = run_of(tmp_path, "part3_robustness", "part3", B)
-    storage.write_correct(run.path("_correct.npz"), run, {"test/rotation/3": np.arange(N) < 601}, A)
+    images = {"test/rotation/3": np.arange(n) < right}
+    storage.write_correct(run.path("_correct.npz"), run, images, A)
     assert "not known" in verdicts_of(tmp_path)["rotation", "3"]["verdict"]
 
 
@@ -607,6 +658,23 @@ def test_images_of_another_run_are_no_evidence_where_they_happen_to_give_the_acc
             "gives another accuracy (test jpeg 3)") in text_of(tmp_path)
 
 
+@pytest.mark.parametrize(("ours", "theirs", "verdict"), [
+    ("x", "x", "better"), ("x", None, "better"), (None, "x", "better"),  # None: an older file
+    ("x", "y", "not tested: their perturbed images differ")])
+def test_images_of_other_pixels_are_not_paired(tmp_path, ours, theirs, verdict):
+    two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
+    for name, part, weights, pixels in (("part3_robustness", "part3", B, ours),
+                                        ("part2", "part1", A, theirs)):
+        run = run_of(tmp_path, name, part, weights)
+        images = storage.read_correct(tmp_path, name).images
+        storage.write_correct(run.path("_correct.npz"), run, images, "none",
+                             {"test/rotation/3": pixels} if pixels else {})
+    assert verdicts_of(tmp_path)["rotation", "3"]["verdict"] == verdict
+    [line] = [line for line in text_of(tmp_path).splitlines()
+              if claims.CLAIMED[comparison.SEEN] in line] or [""]
+    assert ("supported" in line) == (verdict == "better")
+
+
 def test_one_image_of_many_too_many_is_no_evidence(tmp_path):
     n = 200_000
     for name, weights, accuracy in (("part1", A, 0.7), ("part3", B, 0.71)):
@@ -623,6 +691,16 @@ def test_a_parts_own_images_count_before_part_2s(tmp_path):
     right = comparison.read_study(tmp_path).parts["part1"].correct
     assert np.array_equal(right["test/clean/"], np.arange(N) < 700)
     assert not np.array_equal(right["test/rotation/3"], np.arange(N) < 500)
+
+
+@pytest.mark.parametrize(("accuracy", "verdict"), [
+    (0.7, "no difference shown"),
+    (0.701, "not tested: which images are right is not known for both")])  # by other batches
+def test_part_2s_images_count_for_a_parts_own_table_if_they_give_it(tmp_path, accuracy, verdict):
+    two_parts(tmp_path, {"rotation": 0.6}, {"rotation": 0.5})
+    write(run_of(tmp_path, "part2", "part1"), {CLEAN: accuracy} | perturbed(rotation=0.5))
+    (tmp_path / "part1_correct.npz").unlink()
+    assert verdicts_of(tmp_path)["clean", ""]["verdict"] == verdict
 
 
 def test_different_splits_and_data_sets_are_never_mixed(tmp_path):
@@ -675,6 +753,9 @@ def test_an_odd_cell_is_one_sentence_or_harmless(tmp_path, column, value):
 
 def test_an_empty_folder_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="holds no results"):
+        summary.compare(tmp_path)
+    write(run_of(tmp_path, "part1", "part1"), {}, extra=[("audit: a", 1.0)])
+    with pytest.raises(UsageError, match="holds no accuracy of any part"):
         summary.compare(tmp_path)
 
 
@@ -781,11 +862,13 @@ def method(parent, folders):
 def test_mean_and_deviation_over_trainings_of_different_splits(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: accuracy})
                for seed, accuracy in enumerate((0.70, 0.72, 0.74))]
+    write(run_of(folders[2], "part3", "part4", C, 2, f"{2:012x}"), {CLEAN: 0.99})
     row = method(tmp_path, folders)["test set", "part1"]
     assert (float(row["mean"]), float(row["sd"]), row["n"]) == pytest.approx((0.72, 0.02, "3"))
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
     assert "| test set | 72.0 ± 2.0 |" in text
     assert "part1 (cross-entropy), n = 3" in text
+    assert f"- {folders[2].as_posix()}: part3.csv: rows of part4, expected part3\n" in text
     assert (tmp_path / "trainings.html").exists()
 
 
@@ -850,6 +933,12 @@ def test_holm_takes_the_verdict_that_one_interval_alone_would_give(tmp_path):
     assert float(row["ci_low"]) > 0
     assert float(row["p_holm"]) > 0.05
     assert row["verdict"] == "not resolved with 3 trainings"
+    text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
+    said = claims.probability(float(row["p_holm"])).removeprefix("= ")
+    assert f"| +2.0 | +1.0 to +3.0 | 3 | {said} | not resolved with 3 trainings |" in text
+    seen = rows[comparison.SEEN, "part3"]
+    [line] = [line for line in text.splitlines() if claims.CLAIMED[comparison.SEEN] in line]
+    assert f", p {claims.probability(float(seen['p_holm']))} | **not resolved with" in line
     clean = rows["test set", "part3"]  # the same gain, not among the perturbations
     alone = metrics.paired_difference([0.716, 0.720, 0.724], [0.7, 0.7, 0.7])
     assert float(clean["p_holm"]) == pytest.approx(alone.p_value, rel=1e-4)
@@ -875,33 +964,52 @@ def test_what_perturbations_cost_counts_every_perturbation_once(tmp_path):
     """Rotation has three severities, grayscale none: 0.9 - ((0.8 + 0.7 + 0.6) / 3 + 0.3) / 2."""
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.9})
     rotations = {("test", "rotation", s): 0.9 - int(s) / 10 for s in "123"}
-    write(run_of(tmp_path, "part2", "part1"), rotations | {("test", "grayscale", ""): 0.3})
+    run = run_of(tmp_path, "part2", "part1")
+    write(run, rotations | {("test", "grayscale", ""): 0.3})
     assert "accuracy | +40.0 points" in text_of(tmp_path)
+    images = storage.read_correct(tmp_path, "part2").images
+    del images["test/rotation/2"]
+    storage.write_correct(run.path("_correct.npz"), run, images)
+    assert "Perturbations cost" not in text_of(tmp_path)  # of which images is not known for all
 
 
-def test_what_several_trainings_say_of_part_1_alone(tmp_path):
-    costs = {"training images": (0.04, 0.05, 0.06), "Perturbations": (0.1, 0.11, 0.12)}
+@pytest.mark.parametrize(("rotation", "verdict"), [
+    (0.6, "supported"), (0.699, "not resolved"), (0.8, "contradicted")])
+def test_a_cost_of_perturbations_is_claimed_where_it_is_shown(tmp_path, rotation, verdict):
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
+    write(run_of(tmp_path, "part2", "part1"), perturbed(rotation=rotation))
+    [line] = [line for line in text_of(tmp_path).splitlines() if "Perturbations cost" in line]
+    assert f"| **this network: {verdict}** |" in line
+
+
+@pytest.mark.parametrize(("gaps", "losses", "verdict"), [
+    ((0.04, 0.05, 0.06), (0.1, 0.11, 0.12), "supported"),  # the next: uncorrected p 0.049, 0.037
+    ((0.03, 0.05, 0.07), (0.076, 0.11, 0.144), "not resolved with 3 trainings")])
+def test_what_several_trainings_say_of_part_1_alone(tmp_path, gaps, losses, verdict):
+    costs = {"training images": gaps, "Perturbations": losses}
     folders = [training(tmp_path, seed, {("train", "clean", ""): 0.7 + gap, CLEAN: 0.7}
                         | perturbed(rotation=0.7 - loss))
                for seed, (gap, loss) in enumerate(zip(*costs.values(), strict=True))]
     text = trainings_text(folders)
     gap, loss = (ttest_rel(values, (0, 0, 0)).pvalue for values in costs.values())
     assert loss < gap  # so that Holm doubles it
-    for what, mean, p_value in (("training images", "+5.0", gap),
+    for what, mean, p_value in (("training images", "+5.0", max(gap, 2 * loss)),
                                 ("Perturbations", "+11.0", 2 * loss)):
         [line] = [line for line in text.splitlines() if what in line and "n = 3 trainings" in line]
         assert f"| {mean} points" in line and f"p {claims.probability(p_value)} " in line
-        assert "| **supported** |" in line
+        assert f"| **{verdict}** |" in line
 
 
 def test_only_what_compares_is_tested_and_corrected_for(tmp_path):
     folders = []
     for seed, gain in enumerate((0.016, 0.020, 0.024)):
-        one = {("train", "clean", ""): 0.9, CLEAN: 0.7} | perturbed(rotation=0.5)
+        one = {("train", "clean", ""): 0.9, CLEAN: 0.7, ("test", "fgsm", "0"): 0.7}
+        one |= perturbed(rotation=0.5)
         folders.append(training(tmp_path, seed, one, {key: v + gain for key, v in one.items()}))
     rows = method(tmp_path, folders)
-    tested = {line for (line, part), row in rows.items() if part == "part3" and row["reference"]}
-    assert tested == {"test set", "rotation (geometry)", comparison.SEEN, comparison.ALL_PERTURBED}
+    tested = {key for key, row in rows.items() if row["reference"]}
+    assert tested == {(line, "part3") for line in (
+        "test set", "rotation (geometry)", comparison.SEEN, comparison.ALL_PERTURBED)}
     alone = metrics.paired_difference([0.716, 0.720, 0.724], [0.7, 0.7, 0.7])
     assert float(rows["test set", "part3"]["p_holm"]) == pytest.approx(alone.p_value, rel=1e-4)
 
@@ -927,21 +1035,39 @@ def test_a_verdict_on_attacks_stands_if_every_training_gives_it(tmp_path, again,
     for seed, accuracy in enumerate((0.4, again)):
         attacked = {} if accuracy is None else perturbed(worst_case=accuracy)
         folders.append(training(tmp_path, seed, {CLEAN: 0.7} | attacked))
+        if attacked:
+            run = run_of(folders[-1], "part2", "part1", f"{seed:011x}1", seed, f"{seed:012x}")
+            append(run, report.row(run, "test", "fgsm", "", "own", "audit: a", 1.0 - seed, N))
     text = trainings_text(folders)
     [line] = [line for line in text.splitlines() if "is not robust to" in line]
     assert f"| **{verdict}** |" in line
+    assert line.count(" % (") == (1 if again is None else 2)  # of each training
+    audited = "1 of 1 pass | **supported**" if again is None else "1 of 2 pass | **contradicted**"
+    assert audited in text
 
 
 def test_parts_that_not_all_folders_have_stand_with_their_n(tmp_path):
     folders = [training(tmp_path, 1, {CLEAN: 0.7}, {CLEAN: 0.8}),
                training(tmp_path, 2, {CLEAN: 0.71}, {CLEAN: 0.83}),
-               training(tmp_path, 3, {CLEAN: 0.72})]
+               training(tmp_path, 3, {CLEAN: 0.72}), training(tmp_path, 4, {}, {CLEAN: 0.9}),
+               training(tmp_path, 5, {}, {CLEAN: 0.9})]
     row = method(tmp_path, folders)["test set", "part3"]
-    assert (row["n"], row["pairs"]) == ("2", "2")
+    assert (row["n"], row["pairs"]) == ("4", "2")
     assert float(row["difference"]) == pytest.approx(0.11)
     text = (tmp_path / "trainings.md").read_text(encoding="utf-8")
-    assert "part1 (cross-entropy), n = 3 | part3 (augmented), n = 2 |" in text
+    assert "part1 (cross-entropy), n = 3 | part3 (augmented), n = 4 |" in text
     assert ", n = 2 trainings, p = 0.058 | **not resolved with 2 trainings** |" in text
+
+
+def test_every_pair_of_several_trainings_has_its_own_table(tmp_path):
+    folders = [training(tmp_path, seed, {CLEAN: 0.5}, {CLEAN: 0.8}) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        write(run_of(folder, "part3_crop_flip", "part3_crop_flip", f"{seed:011x}c", seed,
+                     f"{seed:012x}"), {CLEAN: 0.7})
+    table = r"^## (\w+) .* against (\w+) .*\n\n.*\n.*\n\| test set \| (\S+) .*\n\n"
+    assert re.findall(table, trainings_text(folders), re.M) == [
+        ("part3", "part1", "+30.0"), ("part3", "part3_crop_flip", "+10.0"),
+        ("part3_crop_flip", "part1", "+20.0")]
 
 
 def test_means_over_trainings_are_over_conditions_that_all_have(tmp_path):
@@ -963,17 +1089,21 @@ def test_trainings_that_differ_in_an_argument_are_refused(tmp_path, name, flag):
 
 
 def test_other_code_precision_and_device_are_told(tmp_path):
-    folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10}, {CLEAN: 0.6})
-               for seed in (0, 1, 2)]
+    folders = [training(tmp_path, seed, {CLEAN: 0.5 + seed / 10} | perturbed(rotation=0.5),
+                        {CLEAN: 0.6}) for seed in (0, 1, 2)]
     text = trainings_text(folders)
     assert text.count("mixed precision off; device cpu; torch 2") == 3
     assert "Not all of these" not in text
-    for change, said in (({"amp": "bf16"}, "mixed precision"), ({"amp": ["?"]}, "mixed precision"),
-                         ({"device": "NVIDIA H100"}, "device"),
-                         ({"versions": {"commit": "abc", "torch": "2"}}, "commit")):
-        for folder in folders:  # part 1 alone: all directories are alike
-            with edited(folder / "part1.json") as record:
-                record |= {"amp": "off", "device": "cpu", "versions": {"torch": "2"}} | change
+    usual = {"amp": "off", "device": "cpu", "versions": {"torch": "2"}}
+    for file, change, said in (("part1", {"amp": "bf16"}, "mixed precision"),
+                               ("part1", {"amp": ["?"]}, "mixed precision"),
+                               ("part1", {"device": "NVIDIA H100"}, "device"),
+                               ("part2", {"device": "NVIDIA H100"}, "device"),
+                               ("part1", usual | {"versions": {"commit": "a", "torch": "2"}},
+                                "commit")):
+        for name, folder in itertools.product(("part1", "part2"), folders):  # all are alike
+            with edited(folder / f"{name}.json") as record:
+                record |= usual | (change if name == file else {})
         text = trainings_text(folders)
         assert f"- **Not all of these have the same {said}.**" in text
 
@@ -1103,6 +1233,10 @@ def test_seeds_directories_devices_and_pictures_may_differ(tmp_path):
     folders = [training(tmp_path, seed, {CLEAN: 0.5}, device=f"cuda:{seed}", no_umap=seed > 0,
                         umap_points=50 + seed, results_dir=str(seed), data_dir=str(seed),
                         resume=seed > 0, no_part2=seed > 0) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        write(run_of(folder, "part2", "part1", f"{seed:011x}1", seed, f"{seed:012x}",
+                     checkpoint=str(folder), batch_size=seed, cifar10c=str(folder)),
+              perturbed(rotation=0.5))
     assert trainings.compare_trainings(folders)
 
 
@@ -1130,6 +1264,8 @@ def test_what_is_no_several_trainings_is_refused(tmp_path):
     write(run_of(copy, "part1", "part1", f"{0:011x}1", 7, "7" * 12), {CLEAN: 0.5})
     with pytest.raises(UsageError, match="part1 has the same weights in"):
         trainings.compare_trainings([first, copy])
+    write(run_of(copy, "part1", "part1", C, 7, f"{0:012x}"), {CLEAN: 0.5})
+    assert trainings.compare_trainings([first, copy])  # another seed on the same split
     write(run_of(copy, "part1", "part1", C, 0, f"{0:012x}"), {CLEAN: 0.5})
     with pytest.raises(UsageError, match="are both of seed 0, split 000000000000"):
         trainings.compare_trainings([first, copy])
@@ -1166,13 +1302,17 @@ def test_figures_without_a_table_of_their_own_are_not_shown(tmp_path):
     shown = [name for name in ("part1_history", "part2_fgsm", "part3_history",
                                "part3_robustness_fgsm") if f"({name}.png)" in text]
     assert shown == ["part1_history", "part3_history", "part3_robustness_fgsm"]
+    (tmp_path / "part3.csv").unlink()
+    text = text_of(tmp_path)
+    assert "(part3_history.png)" not in text and "(part3_robustness_fgsm.png)" in text
 
 
 @pytest.mark.parametrize(("name", "first", "second"), [
     ("optimizer", "Muon (lr 0.02)", "AdamW (lr 0.001)"),
-    ("script", "part1_baseline.py", "part1_mine.py")])
+    ("script", "part1_baseline.py", "part1_mine.py"),
+    ("stopped", "after epoch 1 of 6", "absent")])
 def test_trainings_of_other_code_are_not_averaged(tmp_path, name, first, second):
-    """An optimizer or script that no argument names."""
+    """An optimizer, script or end that no argument names."""
     folders = [training(tmp_path, seed, {CLEAN: 0.7}) for seed in (1, 2)]
     for folder, value in zip(folders, (first, second), strict=True):
         with edited(folder / "part1.json") as record:
