@@ -426,14 +426,14 @@ def test_every_legend_names_what_has_its_colour(every_figure):
 
 def test_the_numbers_of_a_confusion_matrix_stand_in_their_cells(tmp_path, drawn):
     labels = [0] * 8 + [1] * 2
-    predicted = [0] * 6 + [1] * 4  # 75 and 100 % of the classes, 80 % of the images
+    predicted = [0] * 5 + [1] * 5  # 62.5 and 100 % of the classes, 70 % of the images
     plots.confusion(tmp_path / "x.png", predicted, labels, run_of(["ant", "bee"]))
     figure, caption = drawn["x.png"]
     axes = figure.axes[0]
     assert {t.get_position(): t.get_text() for t in axes.texts} == {
-        (0, 0): "75", (1, 0): "25", (1, 1): "100"}
+        (0, 0): "63", (1, 0): "38", (1, 1): "100"}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert "80.0 % are classified correctly" in caption
+    assert "70.0 % are classified correctly" in caption
 
 
 def test_a_confusion_matrix_of_many_classes_names_the_rows_and_columns_it_marks(tmp_path, drawn):
@@ -516,7 +516,7 @@ def test_umap_panels_share_axes_and_every_class_keeps_its_colour(tmp_path, drawn
 
 
 def test_names_stand_at_their_clusters_and_not_on_each_other(tmp_path, drawn):
-    far = np.array([[0.0, 0.0], [10.0, 10.0], [10.0, 10.0]])
+    far = np.array([[0.0, 0.0], [10.0, 90.0], [10.0, 90.0]])
     plots.umap(
         tmp_path / "x.png",
         [plots.Panel("all", np.tile(far, (9, 1)), np.tile([0, 1, 2], 9))],
@@ -534,7 +534,10 @@ def test_examples_show_the_pixels(tmp_path, drawn):
     plots.examples(
         tmp_path / "x.png", [("bytes", images), ("floats", images / 255)], run_of(), "Pictures"
     )
-    picture = drawn["x.png"][0].axes[0].images[0].get_array()
+    axes = drawn["x.png"][0].axes[0]
+    titles = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    assert [(y, text.get_text()) for y, text in titles] == [(2.5, "bytes"), (9.5, "floats")]
+    picture = axes.images[0].get_array()
     assert picture.shape == (2 * 5 + 2, 3 * 7 + 2 * 2, 3)
     expected = images[1].permute(1, 2, 0).numpy() / 255
     np.testing.assert_allclose(picture[:5, 9:16], expected, atol=1e-6)
@@ -585,8 +588,14 @@ def intervals(axes):
 
 
 def test_severities_stand_under_their_family_with_their_intervals(tmp_path, drawn):
-    plots.severities(tmp_path / "x.png", PERTURBED, run_of())
-    axes = drawn["x.png"][0].axes[0]
+    others = [row("jpeg", "3", 0.1, 3) | other for other in (  # not drawn
+        {"metric": "calibration_error"}, {"head": "knn"}, {"split": "evaluation"},
+        {"condition": "cifar10c fog"})]
+    fewer = PERTURBED[-1] | {"n": 1000}
+    plots.severities(tmp_path / "x.png", [*others, *PERTURBED[:-1], fewer], run_of())
+    figure, caption = drawn["x.png"]
+    assert "n = 1,000 to 2,000, with" in caption
+    axes = figure.axes[0]
     labels = [t.get_text() for t in axes.get_yticklabels()]
     bold = [t.get_text() for t in axes.get_yticklabels() if t.get_fontweight() == "bold"]
     assert bold == ["Noise", "Blur, held out", "Color", "Geometry"]
@@ -620,6 +629,8 @@ def test_every_attack_is_drawn_from_its_own_rows_at_its_own_eps(tmp_path, drawn)
     rows = [row("fgsm", eps, values["fgsm"]) for eps in ("0", "2", "16")]
     rows += [row(name, eps, value) for name, value in values.items() if name != "fgsm"
              for eps in ("4", "16")]
+    rows.append(row("fgsm_targeted", "4", 0.99) | {"metric": "target class reached"})
+    rows += [row(name, "4", 0.99) for name in ("fgsm_unit", "pgd_unit", "worst_case_audit")]
     plots.attack(tmp_path / "x.png", rows, run_of(), "inf", [])
     figure, _ = drawn["x.png"]
     texts_of = {color: text.split(", n =")[0] for text, color in legend_of(figure)}
@@ -735,25 +746,41 @@ def test_the_comparison_is_landscape_and_shows_every_model_with_intervals(tmp_pa
         assert curve.lines[0].get_color() == color
         expected = np.array([70, 57.5, 55, 50, 40, 20]) - 2 * i
         np.testing.assert_allclose(curve.lines[0].get_ydata(), expected)
-    assert "n = 2,000" in caption and "1, 3, 5" in caption
+    assert "n = 2,000" in caption
+    assert "Means over severities 1, 3, 5; bars: means of the 95 % bounds." in caption
     assert "Part 4 (Angular, proxies, augmented)" in words(figure)
 
 
 def test_the_comparison_draws_every_mean_on_its_own_line_and_counts_its_images(tmp_path, drawn):
     number = {"fgsm": 500, "clean": 2000}
-    rows = [r | {"n": number.get(r["condition"], 1000)} for r in table(("part1", "part3"))
+    rows = [r | {"n": number.get(r["condition"], 1000)} for r in table(("part1", "part4"))
             if (r["part"], r["condition"]) != ("part1", "jpeg")]
-    plots.comparison(tmp_path / "x.png", rows, {"part1": "a", "part3": "b"})
+    plots.comparison(tmp_path / "x.png", rows, {"part1": "a", "part4": "b"})
     figure, caption = drawn["x.png"]
+    colors = [plots.PART_COLORS[part] for part in ("part1", "part4")]
+    assert [color for _, color in legend_of(figure)] == colors
+    for axes in figure.axes:
+        assert [curve.lines[0].get_color() for curve in axes.containers] == colors
     assert "test images, n = 1,000 to 2,000 (FGSM: n = 500;" in caption
     assert figure.axes[2].get_xlabel() == "eps (1/255, L∞ norm)"
     for axes in figure.axes[:2]:
         labels = [t.get_text() for t in axes.get_yticklabels()]
         assert axes.get_xlabel() == "test accuracy (%)"
-        for part, dots in zip(("part1", "part3"), axes.containers, strict=True):
+        for part, dots in zip(("part1", "part4"), axes.containers, strict=True):
             tested = {r["condition"].replace("_", " ") for r in rows if r["part"] == part}
             lines = np.round(dots.lines[0].get_ydata()).astype(int)
             assert [labels[y] for y in lines] == [text for text in labels if text in tested]
+
+
+def test_the_comparison_shows_fgsm_in_the_norm_that_was_tried(tmp_path, drawn):
+    rows = [row("clean"), row("fgsm_l2", "0", 0.7), row("fgsm_l2", "64", 0.3)]
+    rows = [r | {"accuracy": r["value"], "dataset": "toys",
+                 "family": "attack" if r["severity"] else ""} for r in rows]
+    plots.comparison(tmp_path / "x.png", rows, {"part3": "augmented"})
+    _, fgsm = drawn["x.png"][0].axes
+    assert fgsm.get_xlabel() == "eps (1/255, L2 norm)"
+    [curve] = fgsm.containers
+    assert curve.lines[0].get_ydata() == pytest.approx([70, 30])
 
 
 @pytest.mark.parametrize(("notes", "heading"), [
@@ -771,7 +798,7 @@ def test_severities_of_cifar10c_are_not_said_of_ours(tmp_path, drawn):
     published = [rows[0] | {"condition": "cifar10c fog", "family": "CIFAR-10-C", "severity": s}
                  for s in "12345"]
     plots.comparison(tmp_path / "x.png", rows + published, {"part1": "cross-entropy"})
-    assert "Severity 3." in drawn["x.png"][1]
+    assert "Severity 3. Bars: 95 % intervals." in drawn["x.png"][1]
 
 
 @pytest.mark.parametrize(
