@@ -149,9 +149,14 @@ def test_pgd_that_goes_too_far_is_found(victim, monkeypatch):
 
 
 def test_steps_in_normalized_units_are_too_long(victim, monkeypatch):
-    honest = common.fgsm_direction
-    monkeypatch.setattr(common, "fgsm_direction",
-                        lambda model, *args: honest(model, *args) / network.STD[0])
+    """Also where only one of the attacks takes them."""
+    honest = part2_robustness.make_directions
+
+    def make_directions(args, names, *rest):
+        found = honest(args, names, *rest)
+        return found | {names.fgsm: found[names.fgsm] / network.STD[0]}
+
+    monkeypatch.setattr(part2_robustness, "make_directions", make_directions)
     assert "|delta| is at most eps" in attack(*victim)[0]
 
 
@@ -320,6 +325,7 @@ def test_the_worst_case_is_of_each_image_over_all_attacks(victim):
         if eps != "4":
             assert left["worst_case_audit", eps] == (audited & all_images[few]).mean()
     assert ("worst_case_audit", "4") not in left  # no PGD there
+    assert [eps for name, eps in left if name == "fgsm_unit"] == ["4", "8", "16"]
 
 
 def test_in_the_l2_norm_as_well(victim):

@@ -180,14 +180,19 @@ def test_each_attack_climbs_the_loss_of_its_own_labels(study):
 
 
 def test_conditions_of_other_files_of_cifar10c_are_not_gone_on_with(study, tmp_path):
-    run = replace(study.run, folder=tmp_path, versions={})
+    run = replace(study.run, folder=tmp_path, versions={"commit": "abc"})
     args = types.SimpleNamespace(resume=True, umap_points=POINTS)
     begun = report.finished_before(args, run, "a" * 12)
     begun.add(("cifar10c fog", "2"), (torch.zeros(3), 0.5, None))
-    assert run.versions == {"CIFAR-10-C": "a" * 12}  # for the record, which comparisons ask
+    assert run.versions["CIFAR-10-C"] == "a" * 12  # for the record, which comparisons ask
+    run.versions["commit"] = "def"
     assert report.finished_before(args, run, "a" * 12).values
+    assert run.versions["commit"] == "abc, then def"
     with pytest.raises(UsageError, match="--cifar10c with the files"):
         report.finished_before(args, run, "b" * 12)
+    args.umap_points += 1  # of which features are kept
+    with pytest.raises(UsageError, match="--umap-points"):
+        report.finished_before(args, run, "a" * 12)
 
 
 def test_pictures_of_attacks_are_of_attacked_images_and_captions_say_what_is_shown(study):
@@ -252,6 +257,7 @@ def test_one_image_that_is_moved_too_far_is_found():
     assert part2_robustness.excess_over(0.1, images, adversarial, "inf") == pytest.approx(0.15)
     far = (11 * 0.1**2 + 0.25**2) ** 0.5
     assert part2_robustness.excess_over(0.3, images, adversarial, "2") == pytest.approx(far - 0.3)
+    assert part2_robustness.excess_over(8, images, images + 10, "inf") == pytest.approx(2 / 8)
 
 
 def nearest_neighbours(clean, labels, features, k):
@@ -290,6 +296,18 @@ def test_each_map_shows_and_measures_its_own_images(study):
         assert study.values[name, severity, "silhouette in 64-d"] == pytest.approx(width, abs=1e-3)
         found = f"{k}-NN {100 * neighbours:.1f} %, silhouette {width:.2f}"
         assert panel.title == f"{title}\n{found}"
+
+
+@pytest.mark.parametrize(("then", "passes"), [
+    (None, True), (0.7, True), (0.721, True), (0.679, True), (0.73, False), (0.67, False)])
+def test_an_accuracy_may_differ_by_rounding_alone(then, passes):
+    logits = torch.eye(2)[(torch.arange(1000) >= 700).long()]
+    clean = common.Prediction(logits, None, torch.zeros(1000, dtype=torch.long))
+    try:
+        report.check_network("part1.pt", {"metrics": {"test": then}}, clean)
+        assert passes
+    except UsageError:
+        assert not passes
 
 
 @pytest.mark.parametrize("edit", ["a constant input", "another activation", "nothing"])

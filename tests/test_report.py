@@ -190,10 +190,10 @@ def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tin
 
 
 def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy())
+    monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy() + seed)
     monkeypatch.setattr(plots, "umap", lambda *_: None)
     run = run_of(tmp_path, {})
-    run = replace(run, args=run.args | {"no_umap": False, "seed": 0})
+    run = replace(run, args=run.args | {"no_umap": False, "seed": 7})
     features, labels = torch.arange(10.0).view(5, 2), torch.tensor([3, 1, 4, 1, 5])
     panels = [report.Panel(title, "test", title, "", features[some], labels[some], features[some])
               for title, some in (("clean", slice(0, 3)), ("noise", slice(3, 5)))]
@@ -201,7 +201,7 @@ def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypa
     with np.load(tmp_path / "part1_umap.npz") as file:
         assert file["panel"].tolist() == 3 * ["clean"] + 2 * ["noise"]
         assert file["label"].tolist() == labels.tolist()
-        assert np.array_equal(file["coordinates"], features)
+        assert np.array_equal(file["coordinates"], features + 7)
 
     def full(_):
         raise OSError(28, "disk full")

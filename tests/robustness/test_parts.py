@@ -366,6 +366,7 @@ def test_a_training_that_stops_early_is_told_from_a_whole_one(narrow, tree, tmp_
     assert "stopped after epoch 1 of 2; the record says so" in out
     assert json.loads((tmp_path / "part1.json").read_text())["versions"]["stopped"] == (
         "after epoch 1 of 2")
+    assert common.load_checkpoint(tmp_path / "part1.pt", "cpu")[1]["epoch"] == 1
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "2 epochs" in text and "stopped after epoch 1 of 2" in text
 

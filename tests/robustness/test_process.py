@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import arguments
 import checkpoints
 import common
 import part1_baseline
@@ -98,6 +99,15 @@ def test_the_recorded_command_pasted_into_a_shell_gives_the_same_arguments(
     assert vars(again) == vars(part3_augmented.parse_args(argv))
     _, meta = common.load_checkpoint(tmp_path / folder / "part3.pt", "cpu")
     assert meta["command"] == command
+
+
+def test_what_parts_3_and_4_hand_on_to_part_2_arrives():
+    argv = ["--results-dir", "a b", "--device", "cpu", "--umap-points", "77"]
+    for flags in ([], ["--no-umap", "--resume", "--compile"]):
+        args = part3_augmented.parse_args(argv + flags)
+        found = part2_robustness.parse_args(arguments.passed_on(args))
+        for name in ("results_dir", "device", "umap_points", "no_umap", "resume", "compile"):
+            assert getattr(found, name) == getattr(args, name)
 
 
 def test_home_is_meant_by_a_tilde_that_the_shell_leaves(tmp_path, monkeypatch):

@@ -239,11 +239,12 @@ def test_part_2_calls_the_model_what_its_training_called_it(narrow, tree, tmp_pa
 
     found = []
     monkeypatch.setattr(plots, "severities", severities)
+    monkeypatch.setattr(plots, "attack", lambda path, rows, run, norm, failed: found.append(norm))
     argv = on_tree(tree, tmp_path, "--loss", "arcface", "--no-part2", "--seed", 3)
     assert call("part4_angular", argv)[0] == 0
-    argv = on_checkpoint(tmp_path / "part4.pt", tmp_path, "--seed", 7)
+    argv = on_checkpoint(tmp_path / "part4.pt", tmp_path, "--seed", 7, "--norm", 2)
     assert call("part2_robustness", argv)[0] == 0
-    assert found == [("ArcFace", 3)]
+    assert found == [("ArcFace", 3), "2"]
     assert {row["seed"] for row in read(tmp_path / "part4_robustness.csv")} == {"3"}
 
 
