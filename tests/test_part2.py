@@ -185,9 +185,11 @@ def test_conditions_of_other_files_of_cifar10c_are_not_gone_on_with(study, tmp_p
     begun = report.finished_before(args, run, "a" * 12)
     begun.add(("cifar10c fog", "2"), (torch.zeros(3), 0.5, None))
     assert run.versions["CIFAR-10-C"] == "a" * 12  # for the record, which comparisons ask
-    run.versions["commit"] = "def"
-    assert report.finished_before(args, run, "a" * 12).values
-    assert run.versions["commit"] == "abc, then def"
+    for condition in ("cifar10c fog", "3"), ("cifar10c fog", "4"):  # with other code, twice
+        run.versions["commit"] = "def"
+        begun = report.finished_before(args, run, "a" * 12)
+        assert begun.values and run.versions["commit"] == "abc, then def"
+        begun.add(condition, (torch.zeros(3), 0.5, None))
     with pytest.raises(UsageError, match="--cifar10c with the files"):
         report.finished_before(args, run, "b" * 12)
     args.umap_points += 1  # of which features are kept

@@ -386,12 +386,14 @@ def resaved(text, how):
         return text.replace("0.", '"0,').replace(',"0,', ',"0,', 1).encode()
     if how == "text for a number":
         return (text + lines[-1].replace(lines[-1].split(",")[7], "good") + "\n").encode()
-    changed = {"an accuracy of 200": (7, "200"), "a value outside its interval": (7, "0.999"),
-               "no images": (10, "0"), "a severity of 03": (4, "03")}
+    changed = {"an accuracy of 200": {7: "200", 9: "210"}, "no images": {10: "0"},
+               "a value above its interval": {7: "0.999"}, "a severity of 03": {4: "03"},
+               "a value below its interval": {8: "1.5"}, "a lost zero of a hash": {14: 11 * "1"},
+               "a cell too many": {14: 12 * "1" + ",x"}}
     if how in changed:
         words = next(line for line in lines if ",accuracy," in line).split(",")
-        place, word = changed[how]
-        words[place] = word
+        for place, word in changed[how].items():
+            words[place] = word
         return (text + ",".join(words) + "\n").encode()
     return {"empty": b"", "binary": bytes(range(256)) * 20, "a page": b"<html></html>"}[how]
 
@@ -399,8 +401,9 @@ def resaved(text, how):
 @pytest.mark.parametrize("how", [
     "semicolons", "Latin-1", "UTF-16", "missing column", "columns in another order",
     "cut in the middle", "cut after its header", "Excel-mangled hash", "decimal commas",
-    "text for a number", "an accuracy of 200", "a value outside its interval", "no images",
-    "a severity of 03", "empty", "binary", "a page"])
+    "text for a number", "an accuracy of 200", "a value above its interval",
+    "a value below its interval", "no images", "a severity of 03", "a lost zero of a hash",
+    "a cell too many", "empty", "binary", "a page"])
 @pytest.mark.parametrize("name", ["part2.csv", "part3.csv"])
 def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
         tree, mine, monkeypatch, name, how):
@@ -437,7 +440,8 @@ def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("content", ["empty", "text", "cut", "an array", "numbers", "no weights"])
+@pytest.mark.parametrize("content", ["empty", "text", "cut", "an array", "numbers", "a matrix",
+                                     "no weights"])
 def test_a_damaged_file_of_correct_images_is_one_sentence_before_any_training(
         tree, mine, monkeypatch, content):
     path = mine / "part3_correct.npz"
@@ -448,6 +452,8 @@ def test_a_damaged_file_of_correct_images_is_one_sentence_before_any_training(
         shutil.move(mine / "x.npy", path)
     elif content == "numbers":
         np.savez(path, weights="0" * 12, part1="none", **{"test/clean/": np.arange(3)})
+    elif content == "a matrix":
+        np.savez(path, weights="0" * 12, part1="none", **{"test/clean/": np.zeros((3, 3), bool)})
     elif content == "no weights":
         np.savez(path, **{"test/clean/": np.zeros(3, bool)})
     else:

@@ -89,6 +89,7 @@ def test_without_the_right_to_remove_or_chmod_a_run_goes_on(
 def test_what_part_2_wrote_of_former_weights_goes_without_its_table_too(tree, mine, lost):
     for name in lost:
         (mine / name).unlink()
+    (mine / "part2_umap.npz").write_bytes(b"of a run with UMAP")
     code, error, out = call("part1_baseline", on_tree(tree, mine, "--seed", 4))
     assert code == 0, error
     assert "as results of earlier weights" in out

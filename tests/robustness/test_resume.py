@@ -297,20 +297,28 @@ def interrupt(*_):
 
 
 @pytest.mark.parametrize(("script", "figure", "gone"), [
-    ("part1_baseline", "history", ("part1_history.png", "part1_confusion.png", "part1_umap.png")),
+    ("part1_baseline", "history", ("part1_history.png", "part1_confusion.png", "part1_umap.png",
+                                   "part1_umap.npz")),
     ("part2_robustness", "severities", ("part2_severities.png", "part2_fgsm.png"))])
 def test_a_run_stopped_while_it_draws_leaves_no_earlier_figure(narrow, tree, mine, monkeypatch,
                                                                script, figure, gone):
-    (mine / "part1_umap.png").write_bytes(b"of an earlier run")
+    for name in gone:
+        (mine / name).write_bytes(b"of an earlier run")
     (mine / "part1_umap of mine.png").write_bytes(b"mine")
     monkeypatch.setattr(plots, figure, interrupt)
     argv = on_tree(tree, mine, "--seed", 7)
     if script == "part2_robustness":
         argv = on_checkpoint(mine / "part1.pt", mine)
-    assert all((mine / name).exists() for name in gone)
-    assert call(script, argv)[0] == 130
+    assert call(script, [word for word in argv if word != "--no-umap"])[0] == 130
     assert not any((mine / name).exists() for name in gone)
     assert (mine / "part1_umap of mine.png").exists()
+
+
+def test_no_earlier_figure_stands_beside_a_new_table(narrow, tree, mine, monkeypatch):
+    before = (mine / "part1.csv").read_bytes()
+    monkeypatch.setattr(report, "remove_figures", interrupt)
+    assert call("part1_baseline", on_tree(tree, mine, "--seed", 7))[0] == 130
+    assert (mine / "part1.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize(("module", "name"), [(common, "predict_splits"), (storage, "write_rows")])
@@ -338,7 +346,6 @@ def test_part_2_says_that_it_replaces_a_table_of_other_weights(narrow, tree, min
 
 
 def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mine):
-    (mine / "part2.csv").unlink()
     state = mine / "part2_state.pt"
     weights = read(mine / "part1.csv")[0]["weights"]
     for tested, stays in ((weights, True), ("f" * 12, False)):
@@ -348,6 +355,7 @@ def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mi
         assert code == 0, error
         assert state.exists() == stays
         assert ("as results of earlier weights" in out) != stays
+        assert (mine / "part2.csv").exists()  # of the weights that stay
 
 
 def test_a_run_is_of_the_code_that_it_began_with(narrow, tree, tmp_path, monkeypatch):
