@@ -85,15 +85,20 @@ def test_a_class_without_images_is_refused_before_it_is_trained_on(legible, wher
 
 @pytest.fixture
 def legible():
-    """Data in random order; every pixel of an image is its label."""
+    """Data in random order; an image's red is its label, green and blue are its number."""
     labels = torch.arange(5).repeat(120)
     labels = labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
-    images = labels.to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
-    return common.Data("toy", tuple("abcde"), images, labels, images, labels)
+    place = torch.arange(1200)
+    images = torch.stack([labels.repeat(2), place % 256, place // 256], 1).to(torch.uint8)
+    images = images.view(-1, 3, 1, 1).repeat(1, 1, 4, 4)
+    return common.Data("toy", tuple("abcde"), images[:600], labels, images[600:], labels)
 
 
 def test_every_image_keeps_its_label(legible):
-    split = common.split_data(legible, 0.5, 0)
+    split = common.split_data(legible, 0.5, 2)
+    train, rest = common.stratified_split(legible.train_labels, 0.5, 2)
+    assert torch.equal(split.train_images, legible.train_images[train])
+    assert torch.equal(split.eval_images, legible.train_images[rest])
     few = common.few_of(split)
     assert len(few.train_labels) > len(few.eval_labels) > 10
     for some in (split, few):
@@ -111,6 +116,8 @@ def test_data_that_differ_in_images_or_labels_are_other_splits(legible, monkeypa
     hashes = [common.split_data(data, 0.5, 0).hash for data in (alike, legible, *other)]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 5
+    monkeypatch.setattr(common, "stratified_split", lambda *_: positions[::-1])
+    assert common.split_data(legible, 0.5, 0).hash not in hashes
 
 
 def test_evaluation_accuracy_is_of_the_evaluation_images(legible, monkeypatch):
@@ -148,6 +155,16 @@ def test_batches_are_shuffled_and_hold_no_image_twice():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("draw", [common.batches, common.balanced_batches])
+def test_batches_are_those_of_their_generator(draw):
+    labels = torch.arange(30).repeat(4)
+    epochs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # the global generator has no say
+        epochs.append(torch.cat([x for x, _ in epochs_of(labels, 8, of=draw)]))
+    assert torch.equal(*epochs)
+
+
 def test_balanced_batches_hold_every_class_equally_often():
     labels = torch.arange(3).repeat(20)
     batches = epochs_of(labels, 12)
@@ -158,6 +175,7 @@ def test_balanced_batches_hold_every_class_equally_often():
     assert len(torch.cat([x for x, _ in batches]).unique()) == 60  # the whole epoch, nothing twice
     places = torch.stack([y for _, y in epochs_of(labels, 12, epochs=20)])
     assert all(len(place.unique()) == 3 for place in places.T)  # what is by place is of all classes
+    assert all(len(y[:4].unique()) > 1 for _, y in batches)  # not class by class
 
 
 @pytest.mark.parametrize(("classes", "each", "batch_size", "size"), [
@@ -190,8 +208,11 @@ def test_every_batch_is_of_other_images_and_other_classes():
 
 def test_small_classes_take_their_images_again():
     labels = torch.tensor([0] * 40 + [1] * 3)
-    total = torch.stack([y.bincount() for _, y in epochs_of(labels, 10)]).sum(0)
+    batches = epochs_of(labels, 10)
+    total = torch.stack([y.bincount() for _, y in batches]).sum(0)
     assert total.tolist() == [20, 20]
+    times = torch.cat([x for x, _ in batches]).bincount()[40:]
+    assert sorted(times.tolist()) == [6, 7, 7]
 
 
 def test_the_learning_curve_knows_every_class():
