@@ -218,6 +218,13 @@ def test_the_rate_warms_up_in_a_fifth_of_the_steps_and_falls_to_a_thousandth(wat
     assert watched.optimizer.rates == pytest.approx([0.02 * share for share in up + down])
 
 
+def test_every_part_starts_from_the_weights_of_its_seed(watched, tiny_backbone):
+    torch.manual_seed(1)
+    expected = common.Model(watched.model.n_outputs).backbone
+    for name, weights in watched.optimizer.start.backbone.named_parameters():
+        assert torch.equal(weights, expected.get_parameter(name)), name
+
+
 def test_every_step_goes_down_the_loss_of_a_batch_of_training_images_alone(watched):
     known = {image.numpy().tobytes(): label for image, label
              in zip(watched.images, watched.labels, strict=True)}
