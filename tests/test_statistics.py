@@ -182,6 +182,8 @@ def test_a_class_of_one_image_has_no_neighbour_measure():
     neighbours, _ = report.umap_rows(a_run(), [panel])
     assert math.isnan(neighbours["value"])
     assert neighbours["metric"] == "k-NN in 4-d: a class has one image"
+    for labels in (torch.arange(12), torch.zeros(12)):  # every image a class of its own, or all one
+        assert math.isnan(metrics.silhouette(features, labels))
 
 
 def test_the_tables_have_training_accuracy_and_repeated_images():
@@ -246,6 +248,7 @@ def test_umap_on_a_device_without_float64_has_the_exact_neighbours(monkeypatch):
         common.umap_coordinates(features, seed=0)
     assert np.array_equal(found[0][0], indices)
     assert np.allclose(found[0][1], distances, atol=1e-4)
+    assert (found[0][1][:, 0] == 0).all()  # else UMAP takes an image for its own neighbour
 
 
 def test_umap_is_the_same_for_the_same_seed_and_keeps_neighbours_together():
