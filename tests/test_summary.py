@@ -797,6 +797,15 @@ def test_text_of_the_user_breaks_out_of_no_table_and_no_page(tmp_path, odd):
             assert line.count("|") == 3
 
 
+def test_every_character_that_some_markup_takes_is_escaped():
+    for c in "\\`*<>&|[]#~!$_":
+        assert pages.escape(c) == f"&#{ord(c)};"
+    assert pages.escape("a_b\nc\td\re") == "a_b c d e"
+    for odd in ("a|b", "a`b", "a\nb", "a\rb"):
+        assert pages.code(odd) == f"<code>{pages.escape(odd)}</code>"
+    assert pages.bullets(["*a*"]) == "- &#42;a&#42;"
+
+
 def test_surrogates_of_a_record_do_not_cost_the_summary(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
     with edited(tmp_path / "part1.json") as record:

@@ -47,10 +47,14 @@ def test_every_seed_gets_six_trainings_on_its_own_split_each_tested_part_1_first
     commands = study("SEEDS=1 2", "ARGS=--epochs 5")
     for seed in "12":
         trained = [c for c in commands if f"--seed {seed} --split-seed {seed} --resume" in c]
-        assert len(trained) == 6 and all(c.endswith("--epochs 5") for c in trained)
+        assert all(c.endswith("--epochs 5") for c in trained)
+        assert sorted(c.split(" --results-dir")[0] for c in trained) == [
+            "part1_baseline.py", "part3_augmented.py --families none --no-part2",
+            "part3_augmented.py --no-part2", "part4_angular.py --augment --no-part2",
+            "part4_angular.py --no-part2", "part4_angular.py --proxies --no-part2"]
         assert trained[0].startswith("part1_baseline.py")
         tested = [c for c in commands if c.startswith("part2") and f"seed{seed}/" in c]
-        assert len(tested) == 6 and all("--severities 1 2 3 4 5" in c for c in tested)
+        assert len(tested) == 6 and all("--resume --severities 1 2 3 4 5" in c for c in tested)
         assert f"seed{seed}/part1.pt" in tested[0]
         assert commands.index(trained[0]) < commands.index(tested[0]) < commands.index(trained[1])
     assert commands[-1] == "summary.py results/study/seed1 results/study/seed2"
