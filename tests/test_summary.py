@@ -117,13 +117,16 @@ def test_verdicts_are_of_mcnemar_on_the_same_images_and_corrected(tmp_path):
     assert "shows no difference" not in text
 
 
-@pytest.mark.parametrize(("files", "verdict"), [
-    ("a", "better"), ("b", "not tested: CIFAR-10-C's files are not known to be the same")])
-def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, files, verdict):
-    for name, part, weights, mine, value in (("part2", "part1", A, "a", 0.5),
-                                             ("part3_robustness", "part3", B, files, 0.7)):
+@pytest.mark.parametrize(("theirs", "ours", "verdict"), [
+    ("a", "a", "better"),
+    ("a", "b", "not tested: CIFAR-10-C's files are not known to be the same"),
+    ("absent", "absent", "not tested: CIFAR-10-C's files are not known to be the same")])
+def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, theirs, ours, verdict):
+    for name, part, weights, files, value in (("part2", "part1", A, theirs, 0.5),
+                                              ("part3_robustness", "part3", B, ours, 0.7)):
         run = run_of(tmp_path, name, part, weights)
-        run.versions["CIFAR-10-C"] = mine
+        if files != "absent":
+            run.versions["CIFAR-10-C"] = files
         write(run_of(tmp_path, part, part, weights), {CLEAN: 0.7})
         write(run, {("test", "cifar10c fog", "3"): value})
     found = verdicts_of(tmp_path)
