@@ -182,8 +182,8 @@ def parse(parser, argv):
 
 def passed_on(args):
     """The arguments that parts 3 and 4 hand on to part 2, as a command line."""
-    words = ["--results-dir", args.results_dir, "--batch-size", str(args.batch_size), "--device",
-             args.device, "--umap-points", str(args.umap_points)]
+    words = ["--results-dir", args.results_dir, "--device", args.device, "--umap-points",
+             str(args.umap_points)]
     words += [f"--{name.replace('_', '-')}" for name in ("no_umap", "resume", "compile")
               if getattr(args, name)]
     return words
