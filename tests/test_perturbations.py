@@ -433,7 +433,7 @@ def test_frozen_pixels_are_the_same_on_every_processor(tmp_path):
     started = [subprocess.Popen(command, cwd=root, env=os.environ | kind, **pipe) for kind in kinds]
     native, *others = [process.communicate(timeout=120)[0].splitlines() for process in started]
     assert len(native) == 1 + 5 * len(PERTURBATIONS)
-    assert others[0][0] == "DEFAULT"
+    assert others[0][0] in ("DEFAULT", "NO AVX")  # as older versions of torch call it
     for other in others:
         assert other[1:] == native[1:]
 
