@@ -221,9 +221,11 @@ def test_a_tie_above_zero_is_not_stronger(fgsm, pgd, passed):
     assert checks["pgd 8/255 is stronger than fgsm"] == passed
 
 
-@pytest.mark.parametrize(("noise", "passed"), [(5, True), (4, False), (3, False)])
-def test_noise_must_be_weaker_not_as_strong(noise, passed):
-    assert checks_of(random_sign=noise)["random_sign 8/255 is weaker than fgsm"] == passed
+@pytest.mark.parametrize(("fgsm", "noise", "passed"), [(4, 5, True), (4, 4, False), (4, 3, False),
+                                                       (0, 0, True)])
+def test_noise_must_be_weaker_not_as_strong(fgsm, noise, passed):
+    checks = checks_of(fgsm=fgsm, random_sign=noise)
+    assert checks["random_sign 8/255 is weaker than fgsm"] == passed
 
 
 @pytest.mark.parametrize(("transfer", "passed"), [(5, True), (4, True), (3, False)])
