@@ -486,9 +486,10 @@ def predict(model, images, amp, labels=None, batch_size=None):
 
 def predict_splits(model, split, data, amp):
     """{"train" | "evaluation" | "test": Prediction}, of all images, with their labels."""
-    return {"train": predict(model, split.train_images, amp, split.train_labels),
-            "evaluation": predict(model, split.eval_images, amp, split.eval_labels),
-            "test": predict(model, data.test_images, amp, data.test_labels)}
+    inference = Inference(model)
+    return {"train": predict(inference, split.train_images, amp, split.train_labels),
+            "evaluation": predict(inference, split.eval_images, amp, split.eval_labels),
+            "test": predict(inference, data.test_images, amp, data.test_labels)}
 
 
 def accuracy(logits, labels):
