@@ -230,8 +230,7 @@ def attack(args, run, model, images, labels, part1=None):
     audited = sorted({largest, *AUDIT_EPS}.intersection(sweep))
     pgd_idx = common.evenly_spaced(len(labels), args.audit_images)
     float32 = common.Amp("off", images.device)
-    inference = common.Inference(model)
-    clean = common.predict(inference, images, float32).logits
+    clean = common.predict(model, images, float32).logits
     directions = make_directions(args, names, model, images, labels, clean, part1)
 
     predicted = {}  # (attack, eps in 1/255) → labels (n,), or (len(pgd_idx),) of "pgd…"
@@ -243,7 +242,7 @@ def attack(args, run, model, images, labels, part1=None):
     for name, eps_255 in terminal.progress(plan, "FGSM"):
         eps = eps_255 / 255
         adversarial = (images + eps * directions[name]).clamp(0, 1)
-        logits, features[name, eps_255], _ = common.predict(inference, adversarial, float32)
+        logits, features[name, eps_255], _ = common.predict(model, adversarial, float32)
         predicted[name, eps_255] = logits.argmax(1)
         excess = max(excess, excess_over(eps, images, adversarial, args.norm))
         if name == names.fgsm:
@@ -253,7 +252,7 @@ def attack(args, run, model, images, labels, part1=None):
         for name, victim in ((names.pgd, model), (f"{names.pgd}_unit", common.UnitLogits(model))):
             adversarial = common.pgd(victim, images[pgd_idx], labels[pgd_idx], eps,
                                      float(args.norm))
-            logits = common.predict(inference, adversarial, float32).logits
+            logits = common.predict(model, adversarial, float32).logits
             predicted[name, eps_255] = logits.argmax(1)
             excess = max(excess, excess_over(eps, images[pgd_idx], adversarial, args.norm))
 
