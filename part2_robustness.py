@@ -77,23 +77,22 @@ def main(argv=None):
     conditions = list_conditions(args.perturbations, args.severities)
     model, meta = common.load_checkpoint(args.checkpoint, device)
     arguments.take_from_checkpoint(args, meta)
-    published_hash, published = "", ()
+    published = ()
     if args.cifar10c is not None:
-        published_hash, published = datasets.cifar10c(args.cifar10c, meta["classes"])
+        published = datasets.cifar10c(args.cifar10c, meta["classes"])
     amp = common.Amp(args.amp, device)
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     run = report.start_test(args, model, meta, data, split, device, amp)
-    finished = report.finished_before(args, run, published_hash)
+    finished = report.finished_before(args, run)
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = terminal.Clock()
 
     inference = common.Inference(model, args.compile)
     clean = common.predict(inference, data.test_images, amp, data.test_labels)
     report.check_network(args.checkpoint, meta, clean)
-    tested = test_perturbations(args, run, inference, data, amp, conditions, clean, attack_idx,
-                                finished)
-    test_published(tested, run, inference, published, amp, finished)
+    sets = perturbed_sets(data, conditions, published, estimate=not args.resume)
+    tested = test_perturbations(args, run, inference, data, amp, sets, clean, attack_idx, finished)
     clock.stop("perturbations")
 
     images = common.to_float(data.test_images[attack_idx])  # rows and maps call them "test"
@@ -128,17 +127,28 @@ def list_conditions(names, severities):
     return conditions
 
 
+def perturbed_sets(data, conditions, published, estimate):
+    """Yields (perturbation, severity, images uint8 (N,3,S,S), labels (N,)), CIFAR-10-C's last."""
+    labels = data.test_labels
+    for name, severity in terminal.timed(conditions, estimate):
+        images = common.perturb(data.test_images, name, severity or 1)  # some ignore the severity
+        yield name, severity, images, labels
+    for name, severity, images, theirs in published:
+        yield (name, severity, torch.from_numpy(images).to(labels.device),
+               torch.from_numpy(theirs).to(labels.device))
+
+
 class Tested(NamedTuple):
     """The results of the perturbations."""
 
     rows: list
     correct: dict  # "test/condition/severity" → booleans (N,)
-    pixels: dict  # the same → hash of the perturbed images
+    pixels: dict  # the same → hash of the perturbed images; of CIFAR-10-C's labels, too
     panels: list  # of the UMAP
     examples: list  # (title, images)
 
 
-def test_perturbations(args, run, inference, data, amp, conditions, clean, attack_idx, finished):
+def test_perturbations(args, run, inference, data, amp, sets, clean, attack_idx, finished):
     """Accuracy and calibration on the whole test set, clean and under every perturbation."""
     images, labels = data.test_images, data.test_labels  # uint8 (N,3,S,S), int64 (N,)
     umap_idx = attack_idx[common.evenly_spaced(len(attack_idx), args.umap_points)]
@@ -149,19 +159,22 @@ def test_perturbations(args, run, inference, data, amp, conditions, clean, attac
     add_condition(tested, run, "clean", "", clean.logits.argmax(1), labels,
                   metrics.calibration_error(clean.logits, labels))
 
-    for name, severity in terminal.timed(conditions, estimate=not args.resume):
-        perturbed = common.perturb(images, name, severity or 1)  # some ignore the severity
-        strongest = severity in ("", max(args.severities))
-        pixels = hashlib.sha256(perturbed.cpu().numpy()).hexdigest()[:12]
-        key = name, severity, pixels  # by edited code, other pixels: predicted anew
+    for name, severity, perturbed, truth in sets:
+        ours = name in common.PERTURBATIONS
+        strongest = ours and severity in ("", max(args.severities))
+        sha = hashlib.sha256(perturbed.cpu().numpy())
+        if not ours:
+            sha.update(truth.cpu().numpy())
+        pixels = sha.hexdigest()[:12]
+        key = name, severity, pixels  # of other pixels, such as edited code's: predicted anew
         if key not in finished.values:
             logits, features, _ = common.predict(inference, perturbed, amp)
-            calibration_error = metrics.calibration_error(logits, labels)
+            calibration_error = metrics.calibration_error(logits, truth)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
             # all that --resume finds of it: what else is measured on the logits must be kept, too
             finished.add(key, (logits.argmax(1), calibration_error, some))
         predicted, calibration_error, features = finished.values[key]
-        add_condition(tested, run, name, severity, predicted, labels, calibration_error)
+        add_condition(tested, run, name, severity, predicted, truth, calibration_error)
         tested.pixels[f"test/{name}/{severity}"] = pixels
         title = f"{name} {severity}".replace("_", " ").strip()
         if strongest:
@@ -190,19 +203,6 @@ def add_condition(tested, run, condition, severity, predicted, labels, calibrati
     tested.rows.append(report.row(run, "test", condition, severity, "own", "calibration_error",
                                   calibration_error, len(labels)))
     tested.correct[f"test/{condition}/{severity}"] = report.correct(predicted, labels)
-
-
-def test_published(tested, run, inference, published, amp, finished):
-    """Adds CIFAR-10-C's conditions, where they are given."""
-    for name, severity, images, labels in published:
-        labels = torch.from_numpy(labels).to(run.device)
-        if (name, severity) not in finished.values:
-            images = torch.from_numpy(images).to(run.device)
-            logits = common.predict(inference, images, amp).logits
-            calibration_error = metrics.calibration_error(logits, labels)
-            finished.add((name, severity), (logits.argmax(1), calibration_error, None))
-        predicted, calibration_error, _ = finished.values[name, severity]
-        add_condition(tested, run, name, severity, predicted, labels, calibration_error)
 
 
 # ---- the attack ---------------------------------------------------------------------------------

@@ -401,18 +401,14 @@ def part1_beside(folder, meta, device):
     return None
 
 
-def finished_before(args, run, published_hash):
+def finished_before(args, run):
     """The checkpoints.Finished of a run of part 2: not empty with --resume, after an interruption.
 
-    Its values: (predicted labels (N,), calibration error, features or None).  published_hash: of
-    CIFAR-10-C's files.  Kept among the run's versions, to tell results on different files apart.
+    Its values: (predicted labels (N,), calibration error, features or None).
     """
-    if published_hash:
-        run.versions["CIFAR-10-C"] = published_hash
     identity = run.identity | {checkpoints.TESTED_WEIGHTS: run.weights,
-                               "--umap-points": args.umap_points,
-                               "--cifar10c with the files": published_hash or None}
-    del identity["--cifar10c"]  # the files count, not where they are
+                               "--umap-points": args.umap_points}
+    del identity["--cifar10c"]  # of its conditions the pixels count, not where they are
     return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,
                                        run.versions)
 

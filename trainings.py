@@ -136,7 +136,8 @@ def check_records(name, records, not_compared):
             raise UsageError(f"{folder}/{name}.json is missing or of other weights, so the "
                              f"arguments of {name} cannot be compared; run it again, or leave the "
                              "directory out")
-        arguments.append((folder, arguments_of(record)))
+        versions = {key: record["versions"].get(key, "absent") for key in RECORDED}
+        arguments.append((folder, versions | record["args"]))
     for argument in sorted({key for _, values in arguments for key in values} - not_compared):
         found = []
         for folder, values in arguments:
@@ -151,15 +152,6 @@ def check_records(name, records, not_compared):
                                  f"{folder}; expected trainings that differ in seeds alone")
 
 
-def arguments_of(record):
-    """A run's arguments, and what of its versions is compared as they are."""
-    versions = record["versions"]
-    found = {"cifar10c, with the files,": versions.get("CIFAR-10-C", "absent")}
-    for name in RECORDED:
-        found[name] = versions.get(name, "absent")
-    return found | record["args"]
-
-
 def check_data(studies):
     """Raises UsageError unless all have the same classes, numbers of images, perturbed images."""
     known = {}
@@ -171,15 +163,13 @@ def check_data(studies):
                 if found != expected:
                     raise UsageError(f"{other} has {what} {expected}, {study.folder} {found}; "
                                      "expected one data set")
-            images = dict(part.pixels)
-            if any(condition.startswith("cifar10c") for _, condition, _ in part.accuracies):
-                images["CIFAR-10-C"] = comparison.published(part)
-            for condition, pixels in images.items():  # the same in every part and training
+            for condition, pixels in part.pixels.items():  # the same in every part and training
                 tested = f"{part.name} in {study.folder}"
                 other, expected = known.setdefault(condition, (tested, pixels))
                 if pixels != expected:
+                    said = condition.removeprefix("test/").replace("/", " ")
                     raise UsageError(f"{other} and {tested} were tested on different images under "
-                                     f"{condition}, by other code, data or versions, or by random "
+                                     f"{said}, by other code, data or versions, or by random "
                                      "numbers that are not the generator's; run part 2 on both "
                                      "again")
 

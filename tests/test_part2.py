@@ -67,7 +67,7 @@ def study(tmp_path_factory):
     maps = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("torchvision.models.resnet18", Tiny)
-        monkeypatch.setattr(datasets, "cifar10c", lambda *_: ("hash", [published]))
+        monkeypatch.setattr(datasets, "cifar10c", lambda *_: [published])
         monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy())
         monkeypatch.setattr(plots, "umap", lambda path, *drawn: maps.append(drawn))
         for name in ("severities", "attack", "examples"):
@@ -179,22 +179,44 @@ def test_each_attack_climbs_the_loss_of_its_own_labels(study):
         reached, abs=1.01 / ATTACKED)
 
 
-def test_conditions_of_other_files_of_cifar10c_are_not_gone_on_with(study, tmp_path):
+def test_a_run_is_gone_on_with_by_other_code_but_not_with_other_maps(study, tmp_path):
     run = replace(study.run, folder=tmp_path, versions={"commit": "abc"})
     args = types.SimpleNamespace(resume=True, umap_points=POINTS)
-    begun = report.finished_before(args, run, "a" * 12)
-    begun.add(("cifar10c fog", "2"), (torch.zeros(3), 0.5, None))
-    assert run.versions["CIFAR-10-C"] == "a" * 12  # for the record, which comparisons ask
-    for condition in ("cifar10c fog", "3"), ("cifar10c fog", "4"):  # with other code, twice
+    begun = report.finished_before(args, run)
+    begun.add(("rotation", 2, "a" * 12), (torch.zeros(3), 0.5, None))
+    for severity in (3, 4):  # with other code, twice
         run.versions["commit"] = "def"
-        begun = report.finished_before(args, run, "a" * 12)
+        run.args["cifar10c"] = f"folder{severity}"  # where its files are does not count
+        begun = report.finished_before(args, run)
         assert begun.values and run.versions["commit"] == "abc, then def"
-        begun.add(condition, (torch.zeros(3), 0.5, None))
-    with pytest.raises(UsageError, match="--cifar10c with the files"):
-        report.finished_before(args, run, "b" * 12)
+        begun.add(("rotation", severity, "a" * 12), (torch.zeros(3), 0.5, None))
     args.umap_points += 1  # of which features are kept
     with pytest.raises(UsageError, match="--umap-points"):
-        report.finished_before(args, run, "a" * 12)
+        report.finished_before(args, run)
+
+
+def test_conditions_are_gone_on_with_only_on_the_same_pixels_and_labels(study, tmp_path):
+    run = replace(study.run, folder=tmp_path)
+    args = types.SimpleNamespace(severities=[1], umap_points=POINTS, resume=True)
+    data = types.SimpleNamespace(test_images=study.images, test_labels=study.labels)
+    amp = common.Amp("off", CPU)
+    clean = common.predict(study.model, study.images, amp, study.labels)
+    finished = report.finished_before(args, run)
+    fog, labels = study.fog, study.labels
+    darker = fog.clone()
+    darker[-1, 0, 0, 0] ^= 1
+    other = labels.clone()
+    other[-1] = (other[-1] + 1) % 10
+    hashes = []
+    for images, truth, known in ((fog, labels, 1), (fog, labels, 1), (darker, labels, 2),
+                                 (fog, other, 3)):
+        tested = part2_robustness.test_perturbations(
+            args, run, study.model, data, amp, [("cifar10c fog", "2", images, truth)], clean,
+            torch.arange(POINTS), finished)
+        assert len(finished.values) == known
+        hashes.append(tested.pixels["test/cifar10c fog/2"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    assert len(report.finished_before(args, run).values) == 3  # from the disk
 
 
 def test_pictures_of_attacks_are_of_attacked_images_and_captions_say_what_is_shown(study):

@@ -41,7 +41,7 @@ def run_of(folder, name, part, weights=A, seed=0, split_hash=SPLIT, dataset="toy
                       "cpu", "off")
 
 
-def write(run, accuracies, order=0, part1="none", n=N, extra=()):
+def write(run, accuracies, order=0, part1="none", n=N, extra=(), pixels=None):
     """A part's table, record and correct images from {(split, condition, severity): accuracy}."""
     run.folder.mkdir(exist_ok=True)
     labels = torch.zeros(n, dtype=torch.int64)
@@ -55,7 +55,7 @@ def write(run, accuracies, order=0, part1="none", n=N, extra=()):
         rows.append(report.row(run, "test", "fgsm", "", "own", metric, value, n))
     storage.write_rows(run.path(".csv"), rows)
     storage.write_record(run.path(".json"), run)
-    storage.write_correct(run.path("_correct.npz"), run, images, part1)
+    storage.write_correct(run.path("_correct.npz"), run, images, part1, pixels)
 
 
 def perturbed(**accuracies):
@@ -118,17 +118,13 @@ def test_verdicts_are_of_mcnemar_on_the_same_images_and_corrected(tmp_path):
 
 
 @pytest.mark.parametrize(("theirs", "ours", "verdict"), [
-    ("a", "a", "better"),
-    ("a", "b", "not tested: CIFAR-10-C's files are not known to be the same"),
-    ("absent", "absent", "not tested: CIFAR-10-C's files are not known to be the same")])
+    ("a", "a", "better"), ("a", "b", "not tested: their perturbed images differ")])
 def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, theirs, ours, verdict):
-    for name, part, weights, files, value in (("part2", "part1", A, theirs, 0.5),
-                                              ("part3_robustness", "part3", B, ours, 0.7)):
-        run = run_of(tmp_path, name, part, weights)
-        if files != "absent":
-            run.versions["CIFAR-10-C"] = files
+    for name, part, weights, pixels, value in (("part2", "part1", A, theirs, 0.5),
+                                               ("part3_robustness", "part3", B, ours, 0.7)):
         write(run_of(tmp_path, part, part, weights), {CLEAN: 0.7})
-        write(run, {("test", "cifar10c fog", "3"): value})
+        write(run_of(tmp_path, name, part, weights), {("test", "cifar10c fog", "3"): value},
+              pixels={"test/cifar10c fog/3": pixels})
     found = verdicts_of(tmp_path)
     assert found["cifar10c fog", "3"]["verdict"] == verdict
     assert found["clean", ""]["verdict"] == "no difference shown"
@@ -1153,30 +1149,18 @@ def test_part_2_is_compared_where_the_first_folder_has_none(tmp_path):
         trainings.compare_trainings(folders)
 
 
-def test_trainings_tested_on_other_files_of_cifar10c_are_refused(tmp_path):
+@pytest.mark.parametrize("differing", ["part1", "part3"])  # of one part, or of another one
+def test_trainings_tested_on_other_files_of_cifar10c_are_refused(tmp_path, differing):
     folders = []
     for seed in (0, 1):
-        folders.append(training(tmp_path, seed, {CLEAN: 0.5}))
-        run = run_of(folders[seed], "part2", "part1", f"{seed:011x}1", seed, f"{seed:012x}",
-                     cifar10c="C")
-        run.versions["CIFAR-10-C"] = str(seed)
-        write(run, {("test", "cifar10c fog", "3"): 0.5})
-    with pytest.raises(UsageError, match="part2 has --cifar10c, with the files, 0 in .* and 1 in"):
-        trainings.compare_trainings(folders)
-
-
-@pytest.mark.parametrize("other", ["b", None])  # None: of a record that does not name the files
-def test_parts_tested_on_other_files_of_cifar10c_are_not_compared_over_trainings(tmp_path, other):
-    folders = []
-    for seed, gain in ((0, 0.200), (1, 0.203)):
         folders.append(training(tmp_path, seed, {CLEAN: 0.5}, {CLEAN: 0.6}))
-        for name, part, accuracy, files in (("part2", "part1", 0.3, "a"),
-                                            ("part3_robustness", "part3", 0.3 + gain, other)):
-            run = run_of(folders[-1], name, part, f"{seed:011x}{part[-1]}", seed, f"{seed:012x}")
-            if files:
-                run.versions["CIFAR-10-C"] = files
-            write(run, {("test", "cifar10c fog", "3"): accuracy})
-    with pytest.raises(UsageError, match="part1 in .* and part3 in .* images under CIFAR-10-C"):
+        for name, part in (("part2", "part1"), ("part3_robustness", "part3")):
+            run = run_of(folders[-1], name, part, f"{seed:011x}{part[-1]}", seed, f"{seed:012x}",
+                         cifar10c=f"folder{seed}")
+            pixels = "b" if (part, seed) == (differing, 1) else "a"
+            write(run, {("test", "cifar10c fog", "3"): 0.3 + seed / 10},
+                  pixels={"test/cifar10c fog/3": pixels})
+    with pytest.raises(UsageError, match="part1 in .*0 and .* images under cifar10c fog 3,"):
         trainings.compare_trainings(folders)
 
 
@@ -1342,6 +1326,6 @@ def test_trainings_tested_on_other_pixels_are_refused(tmp_path):
         storage.write_correct(run.path("_correct.npz"), run, found.images, found.part1,
                              {"test/rotation/3": pixels})
     trainings.compare_trainings(folders[:2])
-    said = "part1 in .*seed1 and part1 in .*seed3 .* test/rotation/3"
+    said = "part1 in .*seed1 and part1 in .*seed3 .* rotation 3,"
     with pytest.raises(UsageError, match=said):
         trainings.compare_trainings(folders)

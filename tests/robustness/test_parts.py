@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import checkpoints
 import common
 import datasets
 import muon
@@ -246,25 +245,6 @@ def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
                        tmp_path / "no", "--cifar10c", corrupted, code=2)
         assert message in error
         assert not (tmp_path / "no").exists()
-
-
-def test_cifar10c_conditions_that_are_finished_are_not_predicted_again(tmp_path, small_model,
-                                                                      monkeypatch):
-    run_here = report.Run("part1", "", "part2", tmp_path, "", "", "toy", ("cat", "dog"), {}, "", 0,
-                          {}, "", {}, torch.device("cpu"), "cpu", "off")
-    pixels = np.random.RandomState(0).randint(0, 256, (2, 6, 3, 16, 16), dtype=np.uint8)
-    published = [datasets.Corrupted("cifar10c fog", str(i + 1), pixels[i], np.arange(6))
-                 for i in range(2)]
-    amp = common.Amp("off", torch.device("cpu"))
-    outcomes = []
-    for _ in range(2):
-        tested = part2_robustness.Tested([], {}, {}, [], [])
-        finished = checkpoints.resume_finished(tmp_path / "state.pt", True, {}, "cpu", {})
-        part2_robustness.test_published(tested, run_here, small_model, published, amp, finished)
-        outcomes.append((tested.rows, {k: list(v) for k, v in tested.correct.items()}))
-        monkeypatch.setattr(common, "predict", None)  # a second call would fail
-    assert outcomes[0] == outcomes[1]
-    assert len(outcomes[0][0]) == 4
 
 
 @pytest.mark.parametrize(("script", "classes"), [("part1_baseline", 12), ("part4_angular", 3),
