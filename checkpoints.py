@@ -227,18 +227,9 @@ def check_identity(path, before, now):
     """Raises UsageError if a resumed run's identity differs from its first half's."""
     for name, value in now.items():
         had = before.get(name)
-        if had == value:
-            continue
-        if name == flag("shares"):
-            advice = "set them back"
-        elif had is None or had is False:
-            advice = f"leave {name} out"
-        elif had is True:
-            advice = f"give {name}"
-        else:
-            advice = f"give {name} {spelled(had)}"
-        raise UsageError(f"--resume: the run in {path} had {name} {spelled(had)}, this one has "
-                         f"{spelled(value)}; {advice}, or leave --resume out to start anew")
+        if had != value:
+            raise UsageError(f"--resume: the run in {path} had {name} {spelled(had)}, this one has "
+                             f"{spelled(value)}; set it back, or {ANEW}")
 
 
 def tell_other_versions(path, before, versions):

@@ -106,7 +106,7 @@ def test_a_training_killed_at_random_moments(narrow, data, tmp_path, script, opt
     assert "Resumed after" in (killed / "log").read_text()
     assert_equal(whole, killed)
     end(begin(script, [*argv, "--lr", "0.3", "--resume"], killed), killed, code=2)
-    assert "this one has 0.3; give --lr 0." in (killed / "log").read_text()
+    assert "had --lr 0.02, this one has 0.3; set it back" in (killed / "log").read_text()
 
 
 @pytest.mark.full
