@@ -337,18 +337,11 @@ def shares_of(shares, families):
 
     shares: {family: of 16 images}.  Raises UsageError where they do not fit the families.
     """
-    for family in (*families, *shares):
-        if family not in shares:
-            raise UsageError(f"SHARES in part3_augmented.py has no share for {family!r}; add the "
-                             "family there, or hold it out in common.HELD_OUT_FAMILIES")
-        if family not in SEEN_FAMILIES:
-            raise UsageError(f"SHARES in part3_augmented.py has a share for {family!r}, which is "
-                             "held out or no family; take it out there, or out of "
-                             "common.HELD_OUT_FAMILIES")
-    found = [shares[family] for family in families]
-    if sum(found) > 16 or any(share <= 0 for share in found):
-        raise UsageError(f"SHARES in part3_augmented.py are {found} of 16 images; each must be "
-                         "above 0, all together at most 16; to leave a family out: --families")
+    trained_on = [shares.get(family, 0) for family in families]
+    if set(shares) - set(SEEN_FAMILIES) or sum(trained_on) > 16 or min(trained_on, default=1) <= 0:
+        raise UsageError(f"SHARES in part3_augmented.py is {shares}, expected images of 16 for "
+                         f"{', '.join(SEEN_FAMILIES)}: each above 0, together at most 16; to leave "
+                         "a family out: --families, or common.HELD_OUT_FAMILIES")
     return {name: shares[family] for name, family in FAMILY.items() if family in families}
 
 

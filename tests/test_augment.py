@@ -1,6 +1,7 @@
 """Part 3's training images: random crop and mirror, and who gets which perturbation."""
 
 import collections
+import re
 
 import arguments
 import common
@@ -138,17 +139,16 @@ def test_training_perturbs_every_step_with_the_next_turn(part, flags, monkeypatc
     assert set(wanted) == {None if part is part4_angular else part.parse_args(flags).families}
 
 
-@pytest.mark.parametrize(("shares", "problem"), [
-    ({"noise": 1, "color": 1}, "no share for 'geometry'"),
-    ({"noise": 8, "color": 4, "geometry": 5}, "at most 16"),
-    ({"noise": -1, "color": 4, "geometry": 4}, "each must be above 0"),
-    ({"noise": 0, "color": 1, "geometry": 4}, "each must be above 0"),
-    ({"noise": 1, "color": 1, "geometry": 4, "blur": 2}, "'blur', which is held out"),
-    ({"noise": 1, "color": 1, "geometry": 4, "wether": 2}, "'wether', which is held out or no")])
+@pytest.mark.parametrize("shares", [
+    {"noise": 1, "color": 1}, {"noise": 8, "color": 4, "geometry": 5},
+    {"noise": -1, "color": 4, "geometry": 4}, {"noise": 0, "color": 1, "geometry": 4},
+    {"noise": 1, "color": 1, "geometry": 4, "blur": 2},
+    {"noise": 1, "color": 1, "geometry": 4, "wether": 2}])
 @pytest.mark.parametrize(("part", "flags"), [(part3_augmented, []), (part4_angular, ["--augment"])])
-def test_shares_that_do_not_fit_are_refused(shares, problem, part, flags, monkeypatch):
+def test_shares_that_do_not_fit_are_refused(shares, part, flags, monkeypatch):
     monkeypatch.setattr(part, "SHARES", shares)
-    with pytest.raises(arguments.UsageError, match=problem):
+    said = f"is {re.escape(str(shares))}, expected .* noise, color, geometry: each above 0, tog"
+    with pytest.raises(arguments.UsageError, match=said):
         part.parse_args(flags)
     part4_angular.parse_args([])
 
