@@ -20,8 +20,7 @@ from pages import bullets, code, markdown_table
 
 import numpy as np
 
-NOT_COMPARED = {*checkpoints.NO_EFFECT, "seed", "split_seed", "compile"}  # `made_with` names it
-NOT_COMPARED_PART2 = {*NOT_COMPARED, *checkpoints.NO_EFFECT_PART2, "cifar10c"}
+NOT_COMPARED = {"seed", "split_seed", "compile", "cifar10c"}  # the last two: elsewhere
 RECORDED = ("script", "optimizer", "stopped")  # of a record's versions; no flags
 HEADS = ["own", "class_means", "knn", "probe"]
 MAIN_ATTACK = "FGSM 8/255"  # the one that a claim is about
@@ -90,12 +89,9 @@ def check(studies):
     if len(studies) < 2:
         raise UsageError(f"expected at least two results directories, found {len(studies)}; what "
                          "one training shows is in its own summary.html")
-    if len({study.folder.resolve() for study in studies}) < len(studies):
-        raise UsageError("the same results directory is listed twice; expected different "
-                         "trainings")
     first = studies[0]
     weights = {}
-    draws = {}
+    draws = {}  # (seed, split) -> folder; the same twice also where a folder is listed twice
     for study in studies:
         if study.dataset != first.dataset:
             raise UsageError(f"{first.folder} holds results on {first.dataset}, {study.folder} on "
@@ -104,16 +100,16 @@ def check(studies):
         if len(seeds) > 1:
             raise UsageError(f"{study.folder} holds parts of the seeds {seeds}, expected one seed; "
                              "give each seed its own --results-dir")
+        draw = seeds[0], study.split_hash
+        if draw in draws:
+            raise UsageError(f"{draws[draw]} and {study.folder} are both of seed {seeds[0]}, split "
+                             f"{study.split_hash}; expected different trainings")
+        draws[draw] = study.folder
         for part in study.parts.values():
             other = weights.setdefault(part.weights, study.folder)
-            if other != study.folder:
+            if other != study.folder:  # of edited code that does not use its seed
                 raise UsageError(f"{part.name} has the same weights in {other} and "
                                  f"{study.folder}; expected different trainings")
-        draw = seeds[0], study.split_hash
-        other = draws.setdefault(draw, study.folder)
-        if other != study.folder:
-            raise UsageError(f"{other} and {study.folder} are both of seed {seeds[0]}, split "
-                             f"{study.split_hash}; expected different trainings")
     for name in common.PARTS:
         trained = []
         tested = []
@@ -123,12 +119,12 @@ def check(studies):
                 trained.append((study.folder, part.record))
             if part and part.has_part2:
                 tested.append((study.folder, part.part2_record))
-        check_records(name, trained, NOT_COMPARED)
-        check_records(storage.robustness_name(name), tested, NOT_COMPARED_PART2)
+        check_records(name, trained)
+        check_records(storage.robustness_name(name), tested)
     check_data(studies)
 
 
-def check_records(name, records, not_compared):
+def check_records(name, records):
     """Raises UsageError if (folder, record) of one part differ in what changes results."""
     arguments = []
     for folder, record in records:
@@ -136,9 +132,11 @@ def check_records(name, records, not_compared):
             raise UsageError(f"{folder}/{name}.json is missing or of other weights, so the "
                              f"arguments of {name} cannot be compared; run it again, or leave the "
                              "directory out")
-        versions = {key: record["versions"].get(key, "absent") for key in RECORDED}
-        arguments.append((folder, versions | record["args"]))
-    for argument in sorted({key for _, values in arguments for key in values} - not_compared):
+        skipped = NOT_COMPARED | checkpoints.no_effect(record["args"])
+        values = {key: record["versions"].get(key, "absent") for key in RECORDED}
+        values |= {key: value for key, value in record["args"].items() if key not in skipped}
+        arguments.append((folder, values))
+    for argument in sorted({key for _, values in arguments for key in values}):
         found = []
         for folder, values in arguments:
             value = checkpoints.spelled(values.get(argument, "absent"))
