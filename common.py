@@ -1,7 +1,7 @@
 """What must be the same in every part, in the order in which data passes through it.
 
 Seed, device, mixed precision; data, split, batches; averaged weights; prediction; checkpoints;
-UMAP. The network is in network.py.
+UMAP. The names of network.py, attacks.py and perturbations.py that others need are here, too.
 A line belongs here if changing it in one part alone would silently spoil the comparison of parts.
 """
 
@@ -16,21 +16,10 @@ from typing import NamedTuple
 import checkpoints
 import datasets
 from arguments import UsageError, check_data_arguments, first_line
-from attacks import UnitLogits as UnitLogits  # x as x: part of this module's interface
-from attacks import fgsm as fgsm
-from attacks import fgsm_direction as fgsm_direction
-from attacks import pgd as pgd
-from datasets import Data as Data
-from network import AMX, CPU, empty_model
-from network import EMBEDDING_DIM as EMBEDDING_DIM
-from network import ClassMeans as ClassMeans
-from network import Model as Model
-from network import check_rebuilt as check_rebuilt
-from network import head_of as head_of
-from perturbations import FAMILY
-from perturbations import NO_SEVERITY as NO_SEVERITY
-from perturbations import PERTURBATIONS as PERTURBATIONS
-from perturbations import perturb as perturb
+from attacks import UnitLogits, fgsm, fgsm_direction, pgd
+from datasets import Data
+from network import AMX, CPU, EMBEDDING_DIM, ClassMeans, Model, check_rebuilt, empty_model, head_of
+from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb
 
 import numpy as np
 import torch
