@@ -34,8 +34,8 @@ SEEN_FAMILIES = tuple(dict.fromkeys(f for f in FAMILY.values() if f not in HELD_
 QUICK_PER_CLASS = 10
 PARTS = ("part1", "part3", "part3_crop_flip", "part4", "part4_augmented", "part4_proxies",
          "part4_proxies_augmented")  # what trains a model, and what its files are called
-META = {"part": str, "weights": str, "args": dict, "dataset": str, "classes": list, "outputs": int,
-        "head": str, "split_hash": str, "epoch": int, "seed": int, "versions": dict, "command": str,
+META = {"part": str, "weights": str, "args": dict, "dataset": str, "classes": list, "head": str,
+        "split_hash": str, "epoch": int, "seed": int, "versions": dict, "command": str,
         "device": str, "amp": str, "metrics": dict}  # what a checkpoint says of itself
 
 
@@ -511,8 +511,10 @@ def load_checkpoint(path, device):
             raise ValueError("its weights are of another network than this code's: only one of "
                              f"the two has {differing[0]} ({len(differing)} names differ)")
         for name, tensor in content["model"].items():
-            if tensor.dtype != expected[name].dtype or not tensor.isfinite().all():
-                raise ValueError(f"{name} is not finite or of another type")
+            known = expected[name]
+            fits = (tensor.dtype, tensor.shape) == (known.dtype, known.shape)
+            if not fits or not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite or of another type or shape")
         model.load_state_dict(content["model"], strict=True, assign=True)
         found = checkpoints.weights_hash(model)
         if found != meta["weights"]:
@@ -533,9 +535,6 @@ def check_meta(meta):
         raise ValueError(f"part {meta['part']!r}, head {meta['head']!r}")
     if len(meta["classes"]) < 2 or any(type(name) is not str for name in meta["classes"]):
         raise ValueError(f"classes {meta['classes']}")
-    expected = len(meta["classes"]) if meta["head"] == "none" else EMBEDDING_DIM
-    if meta["outputs"] != expected:
-        raise ValueError(f"a last layer of {meta['outputs']} numbers, expected {expected}")
     if any(type(value) is not float for value in meta["metrics"].values()):
         raise ValueError(f"metrics {meta['metrics']}")
     check_data_arguments(meta["args"])

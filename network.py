@@ -29,7 +29,6 @@ class Model(nn.Module):
         from torchvision.models import resnet18
 
         super().__init__()
-        self.n_outputs = outputs
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
         self.backbone = resnet18(num_classes=outputs)

@@ -428,8 +428,7 @@ def finish(run, model, predictions, history, repeated):
     run = replace(run, weights=checkpoints.weights_hash(model))
     rows = clean_rows(run, predictions, repeated)
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
-        "outputs": model.n_outputs, "head": common.head_of(model), "epoch": len(history),
-        "metrics": headline(rows)})
+        "head": common.head_of(model), "epoch": len(history), "metrics": headline(rows)})
     test, evaluation = predictions["test"], predictions["evaluation"]
     panels = []
     for split, title in (("evaluation", "evaluation split, clean"), ("test", "test set, clean")):

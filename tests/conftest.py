@@ -15,8 +15,8 @@ import common  # noqa: E402
 import perturbations  # noqa: E402
 
 META = {  # what a checkpoint must say of itself
-    "part": "part1", "dataset": "toy", "classes": [str(c) for c in range(10)], "outputs": 10,
-    "head": "none", "split_hash": "abc", "epoch": 1, "seed": 0, "versions": {}, "command": "x",
+    "part": "part1", "dataset": "toy", "classes": [str(c) for c in range(10)], "head": "none",
+    "split_hash": "abc", "epoch": 1, "seed": 0, "versions": {}, "command": "x",
     "device": "cpu", "amp": "off", "metrics": {},
     "args": {"dataset": "digits", "data_dir": "data", "train_fraction": 0.2, "split_seed": 0,
              "seed": 0, "quick": False, "amp": "off"}}

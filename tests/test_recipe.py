@@ -220,7 +220,7 @@ def test_the_rate_warms_up_in_a_fifth_of_the_steps_and_falls_to_a_thousandth(wat
 
 def test_every_part_starts_from_the_weights_of_its_seed(watched, tiny_backbone):
     torch.manual_seed(1)
-    expected = common.Model(watched.model.n_outputs).backbone
+    expected = common.Model(watched.model.backbone.fc.out_features).backbone
     for name, weights in watched.optimizer.start.backbone.named_parameters():
         assert torch.equal(weights, expected.get_parameter(name)), name
 

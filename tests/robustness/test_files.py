@@ -134,9 +134,11 @@ def test_a_checkpoint_of_another_network_says_what_differs(tmp_path):
     checkpoints.write(path, {"meta": meta_of(common.Model(10)), "model": weights})
     with pytest.raises(UsageError, match=r"another network .* has backbone.layer9.weight \(1 "):
         common.load_checkpoint(path, CPU)
-    meta = META | {"weights": "", "head": "class_means", "outputs": 64}
-    checkpoints.write(path, {"meta": meta, "model": {}})
-    with pytest.raises(UsageError, match="a last layer of 64 numbers, expected 128"):
+    weights = common.Model(10).state_dict()  # as of an EMBEDDING_DIM of 10
+    weights |= {"head.means": torch.zeros(10, 10), "head.scale": torch.ones(())}
+    checkpoints.write(path, {"meta": META | {"weights": "", "head": "class_means"},
+                             "model": weights})
+    with pytest.raises(UsageError, match=r"fc\.weight is not finite or of another type or shape"):
         common.load_checkpoint(path, CPU)
 
 

@@ -71,7 +71,6 @@ def damage_checkpoints(top, checkpoint):
         "no_args": {"meta": meta | {"args": {}}},
         "dataset": {"meta": meta | {"args": args | {"dataset": "imagenet"}}},
         "fraction": {"meta": meta | {"args": args | {"train_fraction": float("nan")}}},
-        "outputs": {"meta": meta | {"outputs": 10**12}},
         "classes": {"meta": meta | {"classes": [1, 2]}},
         "another": {"meta": meta | {"split_hash": "000000000000"}}}
     for name, changed in changes.items():
@@ -112,8 +111,8 @@ TREES = {"nowhere": "nowhere/train does not exist", "one_class": "at least two",
          "cut": "ant/1.png", "other_classes": "the same in train and test",
          "empty_class": "no image", "no_train": "no_train/train does not exist"}
 CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "nan", "integers",
-               "less", "outside", "no_args", "dataset", "fraction", "outputs", "classes",
-               "another", "weights", "empty", "text", "cut")
+               "less", "outside", "no_args", "dataset", "fraction", "classes", "another",
+               "weights", "empty", "text", "cut")
 PART2 = [(["--checkpoint", "{top}/zeroed.pt"], "it was written with the weights"),
          (["--checkpoint", "{top}"], "not a checkpoint"), (["--severities", "0"], "--severities"),
          (["--severities", "6"], "--severities"), (["--severities"], "--severities"),
