@@ -7,7 +7,6 @@ import os
 import warnings
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 from arguments import RunError, UsageError, first_line
 
@@ -214,12 +213,15 @@ def no_effect(args):
     return NO_EFFECT_PART2 if "checkpoint" in args else NO_EFFECT
 
 
-def identity(args, amp, device, data_hash):
+def identity(run):
     """What a resumed run must have in common with its first half, by the flag that sets it."""
-    flags = {"--amp": amp, "--device": device.type, "--data-dir with the data": data_hash}
-    for name, value in args.items():
-        if name not in no_effect(args) and name != "amp":
+    flags = {"--amp": run.amp, "--device": run.device.type,
+             "--data-dir with the data": run.split_hash}
+    for name, value in run.args.items():
+        if name not in no_effect(run.args) and name not in ("amp", "cifar10c"):
             flags[flag(name)] = value
+    if "checkpoint" in run.args:  # part 2; of CIFAR-10-C its pixels count, by condition
+        flags |= {TESTED_WEIGHTS: run.weights, "--umap-points": run.args["umap_points"]}
     return flags
 
 
@@ -247,70 +249,64 @@ def tell_other_versions(path, before, versions):
             versions[name] = f"{had}, then {now}"
 
 
-def save_state(path, identity, epoch, history, parts, generator, versions):
-    """Saves a training after `epoch` finished epochs. parts: name → object with a state_dict."""
+def save_state(run, history, parts, generator):
+    """Saves a training after an epoch. parts: name → object with a state_dict."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    write(path, {"identity": identity, "epoch": epoch, "history": history, "parts": states,
-                 "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
-                 "versions": versions})
+    write(run.path("_state.pt"), {
+        "identity": identity(run), "versions": run.versions, "history": history, "parts": states,
+        "generator": generator.get_state(), "torch_rng": torch.get_rng_state()})
 
 
-def resume(path, wanted, identity, epochs, parts, generator, versions):
-    """Where a training starts: (start_epoch, history), after the state of `save_state` if `wanted`.
-
-    versions: of code and packages; those of the state are merged into them.
+def resume(run, parts, generator):
+    """The history of a training so far: after the state of `save_state` with --resume, else [].
 
     Without --resume an old state stays until the first epoch's replaces it; if it was unfinished,
     one line says so. Raises UsageError if an argument that changes the result differs from the
     saved run's, or if the state does not fit this code.
     """
-    if not goes_on(path, wanted, "epoch", epochs):
-        return 0, []
-    content = read(path, "cpu", ANEW)
-    try:
-        check_identity(path, content["identity"], identity)
+    if not goes_on(run, "history"):
+        return []
+    with state_of(run, "cpu") as content:
         for name, part in parts.items():
             part.load_state_dict(content["parts"][name])
         generator.set_state(content["generator"].cpu())
         torch.set_rng_state(content["torch_rng"])
-        start_epoch, history = int(content["epoch"]), list(content["history"])
-        tell_other_versions(path, content.get("versions", {}), versions)
+        history = list(content["history"])
+    print(f"Resumed after epoch {len(history)}")
+    return history
+
+
+def save_finished(run, finished):
+    """Saves the conditions that part 2 has finished: {(name, severity, …): values}."""
+    write(run.path("_state.pt"), {"identity": identity(run), "versions": run.versions,
+                                  "finished": list(finished.items())})
+
+
+def resume_finished(run):
+    """What `save_finished` saved, with --resume, else {}. Raises as `resume`."""
+    if not goes_on(run, "finished"):
+        return {}
+    with state_of(run, run.device) as content:
+        finished = {tuple(key): tuple(value) for key, value in content["finished"]}
+    print(f"Resumed after {len(finished)} conditions")
+    return finished
+
+
+@contextlib.contextmanager
+def state_of(run, device):
+    """Yields the run's state, its tensors on the device; merges its versions into the run's.
+
+    Raises UsageError if it is of other arguments or data, or does not fit what is done with it.
+    """
+    path = run.path("_state.pt")
+    content = read(path, device, ANEW)
+    try:
+        check_identity(path, content["identity"], identity(run))
+        yield content
+        tell_other_versions(path, content.get("versions", {}), run.versions)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UsageError(f"--resume: the run in {path} was made by other code, its state does not "
                          f"fit ({first_line(error)}); {ANEW}") from None
-    print(f"Resumed after epoch {start_epoch}")
-    return start_epoch, history
-
-
-class Finished(NamedTuple):
-    """The conditions that part 2 has finished, kept on disk: from there --resume goes on."""
-
-    path: Path
-    identity: dict
-    versions: dict
-    values: dict  # (name, severity …) → tuple
-
-    def add(self, condition, values):
-        self.values[condition] = values
-        write(self.path, {"identity": self.identity, "versions": self.versions,
-                          "finished": list(self.values.items())})
-
-
-def resume_finished(path, wanted, identity, device, versions):
-    """The Finished of an interrupted run, if `wanted`, else an empty one. Raises as `resume`."""
-    finished = Finished(path, identity, versions, {})
-    if not goes_on(path, wanted, "finished"):
-        return finished
-    content = read(path, device, ANEW)
-    try:
-        check_identity(path, content["identity"], identity)
-        finished.values.update({tuple(key): tuple(value) for key, value in content["finished"]})
-        tell_other_versions(path, content.get("versions", {}), versions)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"--resume: the run in {path} was made by other code, its state does not "
-                         f"fit ({first_line(error)}); {ANEW}") from None
-    print(f"Resumed after {len(finished.values)} conditions")
-    return finished
 
 
 def tested_weights(path):
@@ -321,25 +317,27 @@ def tested_weights(path):
         return set()
 
 
-def goes_on(path, wanted, key, epochs=None):
-    """Whether to continue the state at `path`: it is there and `wanted`.
+def goes_on(run, key):
+    """Whether to continue a run's state: it is there, and --resume is given.
 
     Says so where there is none to continue, or where an unfinished one will be replaced.
-    key: what of the state says how far it came: an epoch, of `epochs`, or a list of conditions.
+    key: the list in the state that says how far it came: of epochs, or of conditions.
     """
-    if not Path(path).exists():
-        if wanted:
+    path = run.path("_state.pt")
+    if not path.exists():
+        if run.args["resume"]:
             print(f"--resume: no {path} to continue, so this run starts anew")
         return False
-    if wanted:
+    if run.args["resume"]:
         return True
+    epochs = run.args.get("epochs")  # part 2 has none
     try:
-        done = read(path, "cpu")[key]
-        what = f"{int(done)} of {epochs} epochs" if epochs else f"{len(done)} conditions"
-    except (UsageError, KeyError, TypeError, ValueError):
+        done = len(read(path, "cpu")[key])
+    except (UsageError, KeyError, TypeError):
         print(f"{path} is not a state that this code can continue; it will be replaced")
         return False
-    if not epochs or int(done) < epochs:
+    if not epochs or done < epochs:
+        what = f"{done} of {epochs} epochs" if epochs else f"{done} conditions"
         print(f"{path}: an unfinished run ({what} done) will be replaced; to continue it instead, "
               "stop now and add --resume")
     return False

@@ -84,7 +84,7 @@ def main(argv=None):
     data = common.load_data(args.dataset, args.data_dir, device, args.quick)
     split = common.split_data(data, args.train_fraction, args.split_seed)
     run = report.start_test(args, model, meta, data, split, device, amp)
-    finished = report.finished_before(args, run)
+    finished = checkpoints.resume_finished(run)
     attack_idx = common.evenly_spaced(len(data.test_labels), args.attack_images)
     clock = terminal.Clock()
 
@@ -167,13 +167,14 @@ def test_perturbations(args, run, inference, data, amp, sets, clean, attack_idx,
             sha.update(truth.cpu().numpy())
         pixels = sha.hexdigest()[:12]
         key = name, severity, pixels  # of other pixels, such as edited code's: predicted anew
-        if key not in finished.values:
+        if key not in finished:
             logits, features, _ = common.predict(inference, perturbed, amp)
             calibration_error = metrics.calibration_error(logits, truth)
             some = features[umap_idx] if strongest and name in UMAP_PERTURBATIONS else None
             # all that --resume finds of it: what else is measured on the logits must be kept, too
-            finished.add(key, (logits.argmax(1), calibration_error, some))
-        predicted, calibration_error, features = finished.values[key]
+            finished[key] = logits.argmax(1), calibration_error, some
+            checkpoints.save_finished(run, finished)
+        predicted, calibration_error, features = finished[key]
         add_condition(tested, run, name, severity, predicted, truth, calibration_error)
         tested.pixels[f"test/{name}/{severity}"] = pixels
         title = f"{name} {severity}".replace("_", " ").strip()

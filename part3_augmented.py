@@ -121,8 +121,8 @@ def main(argv=None):
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler,
              "scaler": amp.scaler}
-    start_epoch, history = report.resume(run, state, generator)  # loads state, with --resume
-    for epoch in range(start_epoch, args.epochs):
+    history = report.resume(run, state, generator)  # of epochs so far; loads state, with --resume
+    for epoch in range(len(history), args.epochs):
         model.train()
         batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
         meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
@@ -139,7 +139,7 @@ def main(argv=None):
         averaged = average.for_evaluation(few.train_images, amp)  # estimates its BatchNorm
         accuracy = common.evaluation_accuracy(averaged, few, amp)
         history.append(meter.finish(accuracy, len(few.eval_labels), scheduler))
-        report.end_epoch(run, history, state, generator)
+        checkpoints.save_state(run, history, state, generator)
 
     model = average.for_evaluation(split.train_images, amp)
     predictions = common.predict_splits(model, split, data, amp)

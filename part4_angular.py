@@ -138,8 +138,8 @@ def main(argv=None):
 
     state = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler,
              "scaler": amp.scaler}
-    start_epoch, history = report.resume(run, state, generator)  # loads state, with --resume
-    for epoch in range(start_epoch, args.epochs):
+    history = report.resume(run, state, generator)  # of epochs so far; loads state, with --resume
+    for epoch in range(len(history), args.epochs):
         model.train()
         batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size,
                                           generator)
@@ -159,7 +159,7 @@ def main(argv=None):
         fit_head(averaged, few, amp)
         accuracy = common.evaluation_accuracy(averaged, few, amp)
         history.append(meter.finish(accuracy, len(few.eval_labels), scheduler))
-        report.end_epoch(run, history, state, generator)
+        checkpoints.save_state(run, history, state, generator)
 
     model = average.for_evaluation(split.train_images, amp)
     fit_head(model, split, amp)

@@ -75,11 +75,6 @@ class Run:
     def path(self, ending):
         return self.folder / f"{self.name}{ending}"
 
-    @property
-    def identity(self):
-        """What a resumed run must have in common with its first half."""
-        return checkpoints.identity(self.args, self.amp, self.device, self.split_hash)
-
     def record(self):
         """The run as plain values, for its checkpoint and its JSON file."""
         values = asdict(self)
@@ -274,7 +269,7 @@ def headline(rows):
 
 
 def resume(run, state, generator):
-    """Where a training starts: (start_epoch, history); (0, []) without --resume.
+    """The history of a training so far, its state loaded; [] without --resume.
 
     Records what no argument says: the optimizer with its numbers, and the schedule's class.
     Raises UsageError also for a network that part 2 could not test.
@@ -287,14 +282,7 @@ def resume(run, state, generator):
             settings.append(f"{name} {value:g}" if type(value) is float else f"{name} {value}")
     run.versions["optimizer"] = (f"{type(optimizer).__name__} ({', '.join(settings)}) with "
                                  f"{type(scheduler).__name__}")
-    return checkpoints.resume(run.path("_state.pt"), run.args["resume"], run.identity,
-                              run.args["epochs"], state, generator, run.versions)
-
-
-def end_epoch(run, history, state, generator):
-    """Saves the training's state."""
-    checkpoints.save_state(run.path("_state.pt"), run.identity, len(history), history, state,
-                           generator, run.versions)
+    return checkpoints.resume(run, state, generator)
 
 
 def retire(run):
@@ -399,18 +387,6 @@ def part1_beside(folder, meta, device):
         reason = error
     print(f"No transfer attack with part 1's adversarial images: {reason}")
     return None
-
-
-def finished_before(args, run):
-    """The checkpoints.Finished of a run of part 2: not empty with --resume, after an interruption.
-
-    Its values: (predicted labels (N,), calibration error, features or None).
-    """
-    identity = run.identity | {checkpoints.TESTED_WEIGHTS: run.weights,
-                               "--umap-points": args.umap_points}
-    del identity["--cifar10c"]  # of its conditions the pixels count, not where they are
-    return checkpoints.resume_finished(run.path("_state.pt"), args.resume, identity, run.device,
-                                       run.versions)
 
 
 # ---- what every training part does after its loop -----------------------------------------------

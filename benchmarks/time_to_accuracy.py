@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import canvas
+import checkpoints
 import common
 import part3_augmented
 import report
@@ -114,7 +115,7 @@ def measure(recipe, usual_epochs, arguments):
                      "minutes": minutes[name], "accuracy": accuracy})
         print(f"{name:5}  epoch {epoch:3d}  {minutes[name]:7.2f} min  {accuracy:.3f}", flush=True)
 
-    def end_epoch(run, history, state, generator):  # in place of report's, which saves the state
+    def save_state(run, history, state, generator):  # in place of checkpoints'
         nonlocal start
         minutes["ours"] += now() - start
         epoch = len(history)
@@ -132,7 +133,7 @@ def measure(recipe, usual_epochs, arguments):
         start = now()
 
     with (tempfile.TemporaryDirectory() as folder, contextlib.suppress(TrainedError),
-          unittest.mock.patch.object(report, "end_epoch", end_epoch)):
+          unittest.mock.patch.object(checkpoints, "save_state", save_state)):
         start = now()
         part3_augmented.main([*arguments, "--results-dir", folder, "--no-part2"])
     caption = (f"{data.name}: {len(split.train_labels):,} training images, tested on {len(some):,} "

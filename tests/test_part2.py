@@ -5,6 +5,7 @@ import types
 from dataclasses import replace
 
 import audit
+import checkpoints
 import common
 import comparison
 import datasets
@@ -180,28 +181,30 @@ def test_each_attack_climbs_the_loss_of_its_own_labels(study):
 
 
 def test_a_run_is_gone_on_with_by_other_code_but_not_with_other_maps(study, tmp_path):
-    run = replace(study.run, folder=tmp_path, versions={"commit": "abc"})
-    args = types.SimpleNamespace(resume=True, umap_points=POINTS)
-    begun = report.finished_before(args, run)
-    begun.add(("rotation", 2, "a" * 12), (torch.zeros(3), 0.5, None))
+    run = replace(study.run, folder=tmp_path, versions={"commit": "abc"},
+                  args=study.run.args | {"resume": True})
+    begun = checkpoints.resume_finished(run)
+    begun["rotation", 2, "a" * 12] = torch.zeros(3), 0.5, None
+    checkpoints.save_finished(run, begun)
     for severity in (3, 4):  # with other code, twice
         run.versions["commit"] = "def"
         run.args["cifar10c"] = f"folder{severity}"  # where its files are does not count
-        begun = report.finished_before(args, run)
-        assert begun.values and run.versions["commit"] == "abc, then def"
-        begun.add(("rotation", severity, "a" * 12), (torch.zeros(3), 0.5, None))
-    args.umap_points += 1  # of which features are kept
+        begun = checkpoints.resume_finished(run)
+        assert begun and run.versions["commit"] == "abc, then def"
+        begun["rotation", severity, "a" * 12] = torch.zeros(3), 0.5, None
+        checkpoints.save_finished(run, begun)
+    run.args["umap_points"] += 1  # of which features are kept
     with pytest.raises(UsageError, match="--umap-points"):
-        report.finished_before(args, run)
+        checkpoints.resume_finished(run)
 
 
 def test_conditions_are_gone_on_with_only_on_the_same_pixels_and_labels(study, tmp_path):
-    run = replace(study.run, folder=tmp_path)
-    args = types.SimpleNamespace(severities=[1], umap_points=POINTS, resume=True)
+    run = replace(study.run, folder=tmp_path, args=study.run.args | {"resume": True})
+    args = types.SimpleNamespace(severities=[1], umap_points=POINTS)
     data = types.SimpleNamespace(test_images=study.images, test_labels=study.labels)
     amp = common.Amp("off", CPU)
     clean = common.predict(study.model, study.images, amp, study.labels)
-    finished = report.finished_before(args, run)
+    finished = checkpoints.resume_finished(run)
     fog, labels = study.fog, study.labels
     darker = fog.clone()
     darker[-1, 0, 0, 0] ^= 1
@@ -213,10 +216,10 @@ def test_conditions_are_gone_on_with_only_on_the_same_pixels_and_labels(study, t
         tested = part2_robustness.test_perturbations(
             args, run, study.model, data, amp, [("cifar10c fog", "2", images, truth)], clean,
             torch.arange(POINTS), finished)
-        assert len(finished.values) == known
+        assert len(finished) == known
         hashes.append(tested.pixels["test/cifar10c fog/2"])
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
-    assert len(report.finished_before(args, run).values) == 3  # from the disk
+    assert len(checkpoints.resume_finished(run)) == 3  # from the disk
 
 
 def test_pictures_of_attacks_are_of_attacked_images_and_captions_say_what_is_shown(study):

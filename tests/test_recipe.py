@@ -7,6 +7,7 @@ import json
 import math
 from typing import NamedTuple
 
+import checkpoints
 import common
 import muon
 import part1_baseline
@@ -183,7 +184,7 @@ def train(part, folder, *flags):
         for name in ("batches", "balanced_batches"):
             monkeypatch.setattr(common, name, noted(getattr(common, name)))
         monkeypatch.setattr(part3_augmented, "augment", lambda images, *_: images.flip(2))
-        monkeypatch.setattr(report, "end_epoch", lambda *args: states.append(args[2]))
+        monkeypatch.setattr(checkpoints, "save_state", lambda *args: states.append(args[2]))
         monkeypatch.setattr(report, "finish", lambda run, model, *_: models.append(model) or [])
         monkeypatch.setattr(summary, "compare", lambda folder: None)
         monkeypatch.setattr(common.WeightAverage, "for_evaluation", lambda self, images, amp:

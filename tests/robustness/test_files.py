@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import checkpoints
 import common
@@ -110,22 +111,23 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
 
 def test_one_flipped_bit_is_noticed(tmp_path):
     """Of a state there is no hash of weights, as a checkpoint has one."""
-    path = tmp_path / "part1_state.pt"
+    run = run_in(tmp_path)
+    path = run.path("_state.pt")
     checkpoints.write(path, {"parts": torch.zeros(1000)})
     assert checkpoints.read(path, "cpu")["parts"].sum() == 0
     content = bytearray(path.read_bytes())
     content[content.index(bytes(4000)) + 2000] ^= 1
     path.write_bytes(content)
     with pytest.raises(UsageError, match="not a checkpoint .*damaged .*; leave --resume out"):
-        checkpoints.resume(path, True, {}, 1, {}, torch.Generator(), {})
+        checkpoints.resume(run, {}, torch.Generator())
     with pytest.raises(UsageError, match="not a checkpoint .*damaged .*; leave --resume out"):
-        checkpoints.resume_finished(path, True, {}, "cpu", {})
+        checkpoints.resume_finished(run)
 
 
 def test_a_state_is_no_checkpoint_and_named(tmp_path):
-    save_state(tmp_path / "part1_state.pt", {"model": nn.Linear(2, 2)})
+    save_state(run_in(tmp_path), {"model": nn.Linear(2, 2)})
     with pytest.raises(UsageError, match="the state of a run, which --resume continues"):
-        common.load_checkpoint(tmp_path / "part1_state.pt", CPU)
+        common.load_checkpoint(tmp_path / "x_state.pt", CPU)
 
 
 def test_a_checkpoint_of_another_network_says_what_differs(tmp_path):
@@ -152,10 +154,16 @@ def test_a_device_that_is_not_there_is_a_short_sentence(name):
 # ---- checkpoints and states ---------------------------------------------------------------------
 
 
-def save_state(path, parts, identity=None, epoch=3):
+def run_in(folder, resume=True, **args):
+    """What a state asks of a run."""
+    return types.SimpleNamespace(
+        path=lambda ending: folder / f"x{ending}", args={"resume": resume, "epochs": 5} | args,
+        amp="off", device=CPU, split_hash="abc", weights="0" * 12, versions={})
+
+
+def save_state(run, parts):
     generator = torch.Generator()
-    checkpoints.save_state(path, identity or {"--lr": 0.1}, epoch, [{"loss": 1.0}], parts,
-                           generator, {})
+    checkpoints.save_state(run, [{"loss": 1.0}] * 3, parts, generator)
     return generator
 
 
@@ -164,37 +172,40 @@ def save_state(path, parts, identity=None, epoch=3):
     {"model": nn.Linear(2, 2, bias=False)}])
 def test_a_state_of_other_code_is_refused_in_one_sentence(tmp_path, now):
     before = {"model": nn.Linear(2, 2)}
-    generator = save_state(tmp_path / "x.pt", before)
-    arguments = (tmp_path / "x.pt", True, {"--lr": 0.1}, 5)
-    assert checkpoints.resume(*arguments, before, generator, {}) == (3, [{"loss": 1.0}])
-    with pytest.raises(UsageError, match=r"^--resume: .*x.pt .*other code.*leave --resume out.*$"):
-        checkpoints.resume(*arguments, now, generator, {})
+    run = run_in(tmp_path)
+    generator = save_state(run, before)
+    assert checkpoints.resume(run, before, generator) == [{"loss": 1.0}] * 3
+    with pytest.raises(UsageError, match=r"^--resume: .*x_s.*other code.*leave --resume out.*$"):
+        checkpoints.resume(run, now, generator)
 
 
 @pytest.mark.parametrize(("before", "now", "said"), [
-    ({"--lr": 0.1}, {"--lr": 0.3}, "had --lr 0.1, this one has 0.3"),
-    ({"--augment": True}, {"--augment": False}, "had --augment True, this one has False"),
-    ({"--severities": [1, 2]}, {"--severities": [3]}, "had --severities 1 2, this one has 3"),
-    ({}, {"--loss": "arcface"}, "had --loss None, this one has arcface")])
+    ({"lr": 0.1}, {"lr": 0.3}, "had --lr 0.1, this one has 0.3"),
+    ({"augment": True}, {"augment": False}, "had --augment True, this one has False"),
+    ({"severities": [1, 2]}, {"severities": [3]}, "had --severities 1 2, this one has 3"),
+    ({}, {"loss": "arcface"}, "had --loss None, this one has arcface"),
+    ({"shares": {"rotation": 4}}, {"shares": {"rotation": 2}},
+     r"had SHARES \(part3_augmented.py\) {'rotation': 4}, this one has {'rotation': 2}")])
 def test_a_state_of_other_arguments_is_refused_with_what_it_had(tmp_path, before, now, said):
     parts = {"model": nn.Linear(2, 2)}
-    generator = save_state(tmp_path / "x.pt", parts, before | {"--seed": 0})
+    generator = save_state(run_in(tmp_path, **before), parts)
     with pytest.raises(UsageError, match=f"{said}; set it back, or leave --resume out"):
-        checkpoints.resume(tmp_path / "x.pt", True, now | {"--seed": 0}, 5, parts, generator, {})
+        checkpoints.resume(run_in(tmp_path, **now), parts, generator)
 
 
-@pytest.mark.parametrize(("epoch", "said"), [
-    (3, "an unfinished run (3 of 5 epochs done) will be replaced"), (5, ""),
-    ("three", "not a state that this code can continue"),
+@pytest.mark.parametrize(("history", "said"), [
+    ([{}] * 3, "an unfinished run (3 of 5 epochs done) will be replaced"), ([{}] * 5, ""),
+    (3, "not a state that this code can continue"),
     (None, "not a state that this code can continue")])
-def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, capsys, epoch, said):
-    path = tmp_path / "x.pt"
+def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, capsys, history, said):
+    run = run_in(tmp_path, resume=False, lr=0.9)
+    path = run.path("_state.pt")
     parts = {"model": nn.Linear(2, 2)}
-    generator = save_state(path, parts)
+    generator = save_state(run_in(tmp_path, lr=0.1), parts)
     content = torch.load(path, weights_only=True)
-    torch.save(content | {"epoch": epoch}, path)
+    torch.save(content | {"history": history}, path)
     before = path.read_bytes()
-    assert checkpoints.resume(path, False, {"--lr": 0.9}, 5, parts, generator, {}) == (0, [])
+    assert checkpoints.resume(run, parts, generator) == []
     out = capsys.readouterr().out
     assert said in out
     assert out.count("\n") == bool(said)
@@ -204,54 +215,56 @@ def test_without_resume_an_unfinished_state_stays_and_is_announced(tmp_path, cap
 def test_a_resumed_training_draws_what_it_would_have_drawn(tmp_path):
     """From its generator and, as a student's line may, from torch's own."""
     generator = torch.Generator().manual_seed(1)
-    checkpoints.save_state(tmp_path / "x.pt", {}, 1, [], {}, generator, {})
+    checkpoints.save_state(run_in(tmp_path), [], {}, generator)
     expected = torch.rand(3), torch.rand(3, generator=generator)
     torch.manual_seed(2)
     resumed = torch.Generator()
-    checkpoints.resume(tmp_path / "x.pt", True, {}, 2, {}, resumed, {})
+    checkpoints.resume(run_in(tmp_path), {}, resumed)
     assert torch.equal(torch.rand(3), expected[0])
     assert torch.equal(torch.rand(3, generator=resumed), expected[1])
 
 
 def test_nothing_to_resume_is_said(tmp_path, capsys):
     for wanted in (True, False):
-        assert checkpoints.resume(tmp_path / "a.pt", wanted, {}, 5, {}, None, {}) == (0, [])
-        assert checkpoints.resume_finished(tmp_path / "b.pt", wanted, {}, CPU, {}).values == {}
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == f"--resume: no {tmp_path / 'a.pt'} to continue, so this run starts anew"
-    assert "b.pt" in second
+        run = run_in(tmp_path, wanted)
+        assert checkpoints.resume(run, {}, None) == []
+        assert checkpoints.resume_finished(run) == {}
+    said = f"--resume: no {tmp_path / 'x_state.pt'} to continue, so this run starts anew"
+    assert capsys.readouterr().out.splitlines() == [said, said]
 
 
 @pytest.mark.parametrize(("part", "others"), [
-    (part4_angular, {"amp", "data_dir", "no_part2"}),
-    (part2_robustness, {"checkpoint", "batch_size"})])
+    (part4_angular, {"amp", "data_dir", "no_part2", "umap_points"}),
+    (part2_robustness, {"checkpoint", "batch_size", "cifar10c"})])
 def test_whatever_changes_a_run_is_in_its_identity(part, others):
-    """A checkpoint counts by its weights, not by its name."""
+    """A checkpoint counts by its weights, not by its name; CIFAR-10-C's files by their pixels."""
+    def identity(args=None, **others):
+        run = vars(run_in(None)) | {"args": values | (args or {})} | others
+        return checkpoints.identity(types.SimpleNamespace(**run))
+
     values = vars(part.parse_args([]))
     del values["command"]
-    same = checkpoints.identity(values, "off", CPU, "abc")
-    without_effect = {name for name in values
-                      if checkpoints.identity(values | {name: "x"}, "off", CPU, "abc") == same}
-    assert without_effect == {"device", "results_dir", "resume", "umap_points", "no_umap", *others}
-    for other in (("bf16", CPU, "abc"), ("off", torch.device("cuda"), "abc"), ("off", CPU, "abd")):
-        assert checkpoints.identity(values, *other) != same  # what --amp and --device came to
-
-
-def test_other_shares_are_not_resumed(tmp_path):
-    before = checkpoints.identity({"shares": {"rotation": 4}}, "off", CPU, "")
-    now = checkpoints.identity({"shares": {"rotation": 2}}, "off", CPU, "")
-    with pytest.raises(UsageError, match=r"had SHARES .*4.*, this one has .*2.*; set it back"):
-        checkpoints.check_identity(tmp_path, before, now)
+    without_effect = {name for name in values if identity({name: "x"}) == identity()}
+    assert without_effect == {"device", "results_dir", "resume", "no_umap", *others}
+    for other in ({"amp": "bf16"}, {"device": torch.device("cuda")}, {"split_hash": "abd"}):
+        assert identity(**other) != identity()  # what --amp and --device came to
+    changed = identity(weights="1" * 12)
+    assert (changed != identity()) == (part is part2_robustness)
 
 
 @pytest.mark.parametrize("finished", [[], None, 7])
 def test_an_odd_state_of_part_2_is_announced_too(tmp_path, capsys, finished):
-    checkpoints.write(tmp_path / "x.pt", {"identity": {}, "finished": finished})
-    assert checkpoints.resume_finished(tmp_path / "x.pt", False, {}, CPU, {}).values == {}
+    run = run_in(tmp_path)
+    del run.args["epochs"]
+    checkpoints.write(run.path("_state.pt"), {"identity": checkpoints.identity(run),
+                                              "finished": finished})
+    run.args["resume"] = False
+    assert checkpoints.resume_finished(run) == {}
     assert "will be replaced" in capsys.readouterr().out
     if finished != []:
+        run.args["resume"] = True
         with pytest.raises(UsageError, match="does not fit"):
-            checkpoints.resume_finished(tmp_path / "x.pt", True, {}, CPU, {})
+            checkpoints.resume_finished(run)
 
 
 # ---- one writer ---------------------------------------------------------------------------------
