@@ -142,36 +142,27 @@ def cifar10c(folder, classes):
         raise UsageError("--cifar10c: needs a checkpoint of CIFAR-10's ten classes in their order, "
                          f"found {classes}")
     corruptions = {}
+    path = folder / "labels.npy"
     try:
-        labels = npy(folder / "labels.npy")
+        labels = np.lib.format.open_memmap(path, mode="r")
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) % 5 or not len(labels):
-            raise ValueError(f"labels.npy is {labels.dtype} {labels.shape}")
+            raise ValueError(f"{labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() > 9:
-            raise ValueError(f"labels.npy is from {labels.min()} to {labels.max()}")
+            raise ValueError(f"from {labels.min()} to {labels.max()}")
         for path in sorted(folder.glob("[!.]*.npy")):
             if path.name == "labels.npy":
                 continue
-            pixels = npy(path)
+            pixels = np.lib.format.open_memmap(path, mode="r")
             if pixels.shape != (len(labels), SIZE, SIZE, 3) or pixels.dtype != np.uint8:
-                raise ValueError(f"{path.name} is {pixels.dtype} {pixels.shape}")
+                raise ValueError(f"{pixels.dtype} {pixels.shape}")
             corruptions[path.stem] = pixels
         if not corruptions:
-            raise ValueError("no corruption is there")
-    except MemoryError:
-        raise
+            raise ValueError("no corruption is beside it")
     except Exception as error:  # numpy parses a damaged header as Python
-        raise UsageError(f"--cifar10c {folder}: not CIFAR-10-C's files ({first_line(error)}); "
-                         "expected <corruption>.npy of uint8 (5n, 32, 32, 3) and labels.npy of 5n "
-                         "labels, 0 to 9") from None
+        raise UsageError(f"--cifar10c {folder}: not CIFAR-10-C's files ({path.name}: "
+                         f"{first_line(error)}); expected <corruption>.npy of uint8 "
+                         "(5n, 32, 32, 3) and labels.npy of 5n labels, 0 to 9") from None
     return _corrupted(corruptions, labels.astype(np.int64))
-
-
-def npy(path):
-    """The array of an .npy file, read where it is used. Raises OSError or ValueError."""
-    with open(path, "rb") as file:
-        if file.read(6) != b"\x93NUMPY":  # an archive, or pickled objects, which could be code
-            raise ValueError(f"{path.name} is not an .npy file")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _corrupted(corruptions, labels):

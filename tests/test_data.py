@@ -428,7 +428,7 @@ def write_cifar10c(folder, labels):
     (np.zeros(10, "datetime64[D]"), "datetime64"), (np.zeros(10, "i4,i4"), r"\(10,\)")])
 def test_labels_of_cifar10c_that_are_none_are_refused(tmp_path, labels, found):
     write_cifar10c(tmp_path / "c", labels)
-    with pytest.raises(UsageError, match=f"labels.npy is .*{found}.*; expected"):
+    with pytest.raises(UsageError, match=f"labels.npy: .*{found}.*; expected"):
         datasets.cifar10c(tmp_path / "c", datasets.CIFAR10_CLASSES)
 
 
@@ -440,14 +440,14 @@ def test_what_is_no_npy_file_of_cifar10c_is_named_or_hidden(tmp_path):
     (folder / "snow.npz").rename(folder / "snow.npy")
     np.save(folder / "zoom.npy", np.array(5))
     (folder / "rain.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr':(((((((")
-    for name, found in (("rain.npy", "not CIFAR-10-C's files"),
-                        ("snow.npy", "snow.npy is not an .npy file"),
-                        ("zoom.npy", "zoom.npy is int")):
+    for name, found in (("rain.npy", "not CIFAR-10-C's files .rain.npy: "),
+                        ("snow.npy", "files .snow.npy: the magic string is not correct"),
+                        ("zoom.npy", "zoom.npy: int")):
         with pytest.raises(UsageError, match=found):
             datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
         (folder / name).unlink()
     np.save(folder / "labels.npy", np.array(5))
-    with pytest.raises(UsageError, match=r"labels.npy is int64 \(\)"):
+    with pytest.raises(UsageError, match=r"labels.npy: int64 \(\)"):
         datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
 
 

@@ -239,7 +239,7 @@ def test_cifar10c_files_are_tested_as_they_are(results, tmp_path):
     assert "fog" in (tmp_path / "summary.md").read_text(encoding="utf-8")
     np.save(corrupted / "snow.npy", pixels[:20])
     for checkpoint, message in (
-            (tmp_path / "part1.pt", "snow.npy is uint8 (20, 32, 32, 3)"),
+            (tmp_path / "part1.pt", "snow.npy: uint8 (20, 32, 32, 3)"),
             (results / "part1.pt", "needs a checkpoint of CIFAR-10's ten classes")):
         _, error = run("part2_robustness", "--checkpoint", checkpoint, "--results-dir",
                        tmp_path / "no", "--cifar10c", corrupted, code=2)
