@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import checkpoints
 import datasets
+import network
 from arguments import UsageError, check_data_arguments, first_line
 from attacks import UnitLogits, fgsm, fgsm_direction, pgd
 from datasets import Data
-from network import AMX, CPU, EMBEDDING_DIM, ClassMeans, Model, check_rebuilt, empty_model, head_of
+from network import EMBEDDING_DIM, ClassMeans, Model, empty_model, layout
 from perturbations import FAMILY, NO_SEVERITY, PERTURBATIONS, perturb
 
 import numpy as np
@@ -95,7 +96,7 @@ def fastest_precision(device):
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type != "cpu":
         return "off"
-    if AMX or CPU.get("avx512_bf16"):
+    if network.AMX or network.CPU.get("avx512_bf16"):
         return "bf16"  # timed beside other work, float32 has seemed faster here, which it is not
     with torch.random.fork_rng(devices=[]):  # so that the weights to come do not depend on --amp
         layer = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
@@ -523,7 +524,7 @@ def load_checkpoint(path, device):
         raise UsageError(f"{path}: does not hold this model ({type(error).__name__}: "
                          f"{first_line(error)}); write it again with the part that made "
                          "it") from None
-    return model.to(device, memory_format=torch.channels_last).eval(), meta
+    return model.to(device, memory_format=layout(device)).eval(), meta
 
 
 def check_meta(meta):

@@ -17,6 +17,16 @@ CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {instruction set: whethe
 AMX = CPU.get("amx_bf16", False)  # multiplies tiles of bf16, as Intel's Xeons do since 2023
 
 
+def layout(device):
+    """The memory format of a network's weights: channels_last, in which convolutions are fastest.
+
+    On Apple GPUs contiguous: there convolutions have taken other weights for contiguous ones
+    (pytorch#192212), and given results in the weights' format, also of contiguous images.
+    """
+    mps = torch.device(device).type == "mps"
+    return torch.contiguous_format if mps else torch.channels_last
+
+
 class Model(nn.Module):
     """Pixels in [0,1] to logits: normalization, torchvision's ResNet18 for small images, a head.
 

@@ -46,7 +46,7 @@ def main(argv=None):
     run = report.start(args, "part1", data, split, device, amp)  # named in report.LABELS
 
     model = common.Model(outputs=len(data.classes))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=common.layout(device))
     steps = common.steps_per_epoch(len(split.train_images), args.batch_size)
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,
                           dtype=amp.dtype or torch.float32)

@@ -122,7 +122,7 @@ def main(argv=None):
     learned = args.loss in MARGINS  # these learn proxies as class means; else fit_head sets them
     head = common.ClassMeans(len(data.classes), common.EMBEDDING_DIM, learned)
     model = common.Model(common.EMBEDDING_DIM, head)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=common.layout(device))
     criterion = make_criterion(args, model.head)
     steps = common.balance(split.train_labels, args.batch_size).steps
     optimizer = muon.Muon(model, args.lr, momentum=0.9, weight_decay=args.weight_decay,

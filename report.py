@@ -18,6 +18,7 @@ import canvas
 import checkpoints
 import common
 import metrics
+import network
 import plots
 import storage
 import terminal
@@ -274,7 +275,7 @@ def resume(run, state, generator):
     Records what no argument says: the optimizer with its numbers, and the schedule's class.
     Raises UsageError also for a network that part 2 could not test.
     """
-    common.check_rebuilt(state["model"], len(run.classes))
+    network.check_rebuilt(state["model"], len(run.classes))
     optimizer, scheduler = state.get("optimizer"), state.get("scheduler")
     settings = []
     for name, value in getattr(optimizer, "defaults", {}).items():
@@ -404,7 +405,7 @@ def finish(run, model, predictions, history, repeated):
     run = replace(run, weights=checkpoints.weights_hash(model))
     rows = clean_rows(run, predictions, repeated)
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
-        "head": common.head_of(model), "epoch": len(history), "metrics": headline(rows)})
+        "head": network.head_of(model), "epoch": len(history), "metrics": headline(rows)})
     test, evaluation = predictions["test"], predictions["evaluation"]
     panels = []
     for split, title in (("evaluation", "evaluation split, clean"), ("test", "test set, clean")):

@@ -81,7 +81,7 @@ def main():
     def model(fast):
         net = common.Model(10).to(device)
         if fast:
-            net = net.to(memory_format=torch.channels_last)
+            net = net.to(memory_format=common.layout(device))
             dtype = amp.dtype or torch.float32
             return net, muon.Muon(net, 0.02, momentum=0.9, weight_decay=1e-3, dtype=dtype)
         return net, torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)

@@ -5,6 +5,7 @@ import contextlib
 import arguments
 import checkpoints
 import common
+import network
 import part1_baseline
 import part2_robustness
 import part3_augmented
@@ -95,8 +96,8 @@ def test_the_trial_of_precisions_ends_when_it_is_clear(monkeypatch, bf16, trials
             now += bf16 if len(calls) % 4 == 2 else 4.1
         return now
 
-    monkeypatch.setattr(common, "AMX", False)
-    monkeypatch.setattr(common, "CPU", {})
+    monkeypatch.setattr(network, "AMX", False)
+    monkeypatch.setattr(network, "CPU", {})
     monkeypatch.setattr(common.time, "perf_counter", clock)
     assert common.fastest_precision.__wrapped__(torch.device("cpu")) == precision
     assert len(calls) == 4 * (1 + trials)  # the first of each prepares
@@ -107,8 +108,8 @@ def test_where_the_processor_has_bf16_no_trial_decides(monkeypatch, amx, has):
     def clock():
         raise AssertionError("measured")
 
-    monkeypatch.setattr(common, "AMX", amx)
-    monkeypatch.setattr(common, "CPU", has)
+    monkeypatch.setattr(network, "AMX", amx)
+    monkeypatch.setattr(network, "CPU", has)
     monkeypatch.setattr(common.time, "perf_counter", clock)
     assert common.fastest_precision.__wrapped__(torch.device("cpu")) == "bf16"
 

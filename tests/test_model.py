@@ -5,7 +5,11 @@ import unittest.mock
 
 import checkpoints
 import common
+import muon
 import network
+import part1_baseline
+import part3_augmented
+import part4_angular
 from arguments import UsageError
 
 import pytest
@@ -136,6 +140,36 @@ def test_an_apple_gpu_gets_contiguous_images(small_model, images, contiguous):
     assert seen[0].is_contiguous() == contiguous
 
 
+@pytest.mark.parametrize("part", [part1_baseline, part3_augmented, part4_angular])
+def test_nor_does_an_apple_gpu_get_channels_last_weights(part, tmp_path, monkeypatch):
+    """With such weights its convolutions give channels_last also of contiguous images."""
+    found = {device: network.layout(torch.device(device)) for device in ("cpu", "cuda", "mps")}
+    assert found == {"cpu": torch.channels_last, "cuda": torch.channels_last,
+                     "mps": torch.contiguous_format}
+
+    class SeenError(Exception):
+        pass
+
+    def weights_seen(model, *arguments, **keywords):
+        raise SeenError({p.is_contiguous() for p in model.parameters()})
+
+    monkeypatch.setattr(common, "layout", lambda device: found["mps"])  # no such device here
+    monkeypatch.setattr(muon, "Muon", weights_seen)
+    with pytest.raises(SeenError, match="{True}"):
+        part.main(["--dataset", "digits", "--quick", "--results-dir", str(tmp_path)])
+
+
+def test_a_checkpoint_is_read_in_the_layout_of_the_device(tmp_path, monkeypatch):
+    model = common.Model(10).to(memory_format=torch.channels_last)
+    common.save_checkpoint(tmp_path / "a.pt", model, meta_of(model))
+    for format in (torch.channels_last, torch.contiguous_format):
+        monkeypatch.setattr(common, "layout", lambda device, format=format: format)
+        read, _ = common.load_checkpoint(tmp_path / "a.pt", torch.device("cpu"))
+        weights = read.backbone.layer1[0].conv1.weight
+        assert weights.is_contiguous(memory_format=format)
+        assert weights.is_contiguous() == (format is torch.contiguous_format)
+
+
 def test_weights_do_not_depend_on_the_processor(monkeypatch):
     hashes = set()
     for amx in (False, True):
@@ -213,7 +247,7 @@ def test_another_block_predicts_what_it_trains(small_photos, monkeypatch, block)
     (lambda: with_dropout(common.Model(10)), "backbone.fc.0")])
 def test_a_network_that_part_2_could_not_make_is_refused(tiny_backbone, edited, said):
     with pytest.raises(UsageError, match=f"{said}.* is not as in network.py's Model"):
-        common.check_rebuilt(edited(), 10)
+        network.check_rebuilt(edited(), 10)
 
 
 def test_a_constructor_that_reads_a_number_from_a_tensor_is_refused(tiny_backbone, monkeypatch):
@@ -226,7 +260,7 @@ def test_a_constructor_that_reads_a_number_from_a_tensor_is_refused(tiny_backbon
 
     monkeypatch.setattr(common.Model, "__init__", init)
     with pytest.raises(UsageError, match="item.* on meta tensors; edit Model.__init__"):
-        common.check_rebuilt(common.Model(10), 10)
+        network.check_rebuilt(common.Model(10), 10)
 
 
 def with_dropout(model):
@@ -238,7 +272,7 @@ def test_a_network_that_part_2_can_make_is_checked_without_a_random_number(tiny_
     models = common.Model(10), common.Model(128, common.ClassMeans(10, 128))
     before = torch.get_rng_state()
     for model in models:
-        common.check_rebuilt(model, 10)
+        network.check_rebuilt(model, 10)
     assert torch.equal(torch.get_rng_state(), before)
 
 
