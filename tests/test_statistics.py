@@ -1,6 +1,9 @@
 """Statistics against scipy, scikit-learn, or values worked by hand."""
 
 import math
+import os
+import subprocess
+import sys
 from decimal import ROUND_HALF_UP, Decimal
 
 import common
@@ -10,6 +13,7 @@ import report
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy.stats import binomtest, ttest_rel
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch.overrides import TorchFunctionMode
@@ -204,6 +208,22 @@ def test_evenly_spaced_takes_every_class_of_an_ordered_set():
     counts = labels[common.evenly_spaced(10_000, 500)].bincount()
     assert (counts - 50).abs().max() <= 1
     assert torch.equal(common.evenly_spaced(5, 100), torch.arange(5))
+    assert common.evenly_spaced(5, 1).tolist() == [0]
+
+
+def test_evenly_spaced_is_the_same_on_every_processor():
+    """Which images are attacked, for one: some roundings hang on the last bit of a float32."""
+    sizes = [(10_000, 2000), (12_345, 1000), (40_000, 1000), (40_000, 10_000), (60_000, 2000)]
+    code = ("import common, sys\n"
+            "print([common.evenly_spaced(*size).tolist() for size in eval(sys.argv[1])])")
+    plain = os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, str(sizes)], env=plain, check=True,
+                          capture_output=True, text=True)  # torch without AVX2
+    ours = [common.evenly_spaced(*size).tolist() for size in sizes]
+    assert done.stdout.strip() == str(ours)
+    for (total, n), places in zip(sizes, ours, strict=True):
+        exact = np.arange(n) * (total - 1) / (n - 1)
+        assert np.abs(np.array(places) - exact).max() <= 0.5
 
 
 class Float32Device(TorchFunctionMode):
