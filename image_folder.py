@@ -4,6 +4,8 @@ Every file that is not hidden is read, or named in an error. Nothing is cached o
 """
 
 import os
+import stat
+import sys
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +152,8 @@ def read_tree(data_dir, size=32):
     data_dir: path of DIR.  size: side of the images, pixels.
     Returns a Tree. Classes are in the order of their names, the images of a class in that of
     their POSIX paths below the class folder; both compared as Unicode NFC text, by code point.
-    Symbolic links are followed. A name that begins with a dot is hidden, with all below it.
+    Symbolic links are followed. A name that begins with a dot is hidden, with all below it, and
+    on Windows what has that attribute, such as Explorer's Thumbs.db and desktop.ini.
     Raises RunError, one sentence, for another form of tree, names that are not text, entries that
     are neither file nor folder, files that read_image refuses (all of them), and lack of memory.
     """
@@ -235,11 +238,21 @@ def _entries(folder, problems):
         return []
     named = []
     for entry in entries:
-        if _is_text(text_of(entry.name)) and not entry.name.startswith("."):
+        if _is_hidden(entry):
+            continue
+        if _is_text(text_of(entry.name)):
             named.append(entry)
-        elif not entry.name.startswith("."):
+        else:
             problems.append(f"{ascii(entry.path)} (its name is not UTF-8 text)")
     return named
+
+
+def _is_hidden(entry):
+    if sys.platform == "win32":  # where this costs no call
+        attributes = entry.stat(follow_symlinks=False).st_file_attributes
+        if attributes & stat.FILE_ATTRIBUTE_HIDDEN:
+            return True
+    return entry.name.startswith(".")
 
 
 def _kind(entry):

@@ -1,12 +1,15 @@
 """Reading a folder tree: every pixel mode has its value, every entry is read or named."""
 
+import contextlib
 import io
 import os
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import types
 import unicodedata
 import warnings
 import zlib
@@ -387,6 +390,40 @@ def test_hidden_entries_are_left_out_wherever_they_are(tmp_path):
     for name in (".git/x", ".DS_Store", "ant/.DS_Store", "ant/.thumbs/x.png", "bee/a/.hidden"):
         make_tree(tmp_path / "train", [name], b"no image")
     assert len(read_tree(tmp_path).train_images) == 4
+
+
+class WithAttributes:
+    """An entry as Windows' os.scandir gives it: its stat() has attributes."""
+
+    def __init__(self, entry):
+        self.entry = entry
+        self.name, self.path = entry.name, entry.path
+        self.is_dir, self.is_file, self.is_symlink = entry.is_dir, entry.is_file, entry.is_symlink
+
+    def stat(self, follow_symlinks=True):
+        hidden = stat.FILE_ATTRIBUTE_HIDDEN | stat.FILE_ATTRIBUTE_SYSTEM
+        attributes = hidden if self.name.endswith((".db", ".ini")) else stat.FILE_ATTRIBUTE_ARCHIVE
+        return types.SimpleNamespace(st_file_attributes=attributes)
+
+
+def test_what_windows_hides_is_left_out(tmp_path, monkeypatch):
+    """Its Explorer writes Thumbs.db and desktop.ini into folders of images, and shows neither."""
+    small_tree(tmp_path)
+    for name in ("Thumbs.db", "desktop.ini", "ant/Thumbs.db", "bee/desktop.ini"):
+        make_tree(tmp_path / "train", [name], b"no image")
+
+    @contextlib.contextmanager
+    def scandir(folder):
+        with honest(folder) as entries:
+            yield [WithAttributes(entry) for entry in entries]
+
+    honest = os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        patch.setattr(sys, "platform", "win32")
+        assert len(read_tree(tmp_path).train_images) == 4
+    with pytest.raises(RunError, match="Thumbs.db"):  # elsewhere nothing hides them
+        read_tree(tmp_path)
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path):
