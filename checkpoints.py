@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -38,7 +39,7 @@ def atomic(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is "
                        "unchanged; fix this, or choose another directory, and start again (a part: "
@@ -46,6 +47,21 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def replace(source, target):
+    """Moves a file or folder of ours; tries for a second where Windows refuses it.
+
+    There a virus scanner, the indexer or OneDrive open for a moment what was just written.
+    """
+    for seconds in (0.05, 0.1, 0.2, 0.4, 0.8):
+        try:
+            return source.replace(target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in (5, 32):  # access denied, sharing violation
+                raise
+        time.sleep(seconds)
+    return source.replace(target)
 
 
 def remove(paths, why):

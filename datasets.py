@@ -81,7 +81,7 @@ def unpack_cifar10(data_dir):
         else:
             raise ValueError(f"{archive} is incomplete or damaged, its MD5 is not CIFAR-10's: "
                              "remove or replace it")
-        (incoming / CIFAR10.base_folder).replace(folder)
+        checkpoints.replace(incoming / CIFAR10.base_folder, folder)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
 

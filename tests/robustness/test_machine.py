@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import arguments
 import checkpoints
@@ -112,6 +113,48 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(
     assert is_sentence(error)
     assert "choose another --results-dir" in error
     assert contents(mine) == before
+
+
+def refused_by_windows(winerror):
+    error = PermissionError(errno.EACCES, "Access is denied")
+    error.winerror = winerror
+    return error
+
+
+@pytest.mark.parametrize("winerror", [5, 32])
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_file_that_windows_holds_open_for_a_moment_is_replaced(
+        tmp_path, monkeypatch, winerror, times):
+    """A scanner opens what was just written: a second later it can be replaced."""
+    honest = pathlib.Path.replace
+    tried = []
+    waited = []
+
+    def held_open(path, target):
+        tried.append(target)
+        if len(tried) <= times:
+            raise refused_by_windows(winerror)
+        return honest(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", held_open)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    (tmp_path / "a.csv").write_text("before")
+    if times == 2:
+        storage.write_text(tmp_path / "a.csv", "after")
+        assert len(tried) == 3
+    else:  # open in Excel, say
+        with pytest.raises(arguments.RunError, match="cannot write .*a.csv: Access is denied"):
+            storage.write_text(tmp_path / "a.csv", "after")
+        assert 1 < sum(waited) < 5
+    expected = "after" if times == 2 else "before"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.csv": expected}
+
+
+def test_what_other_systems_refuse_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "replace", raising(failure(errno.EACCES)))
+    monkeypatch.setattr(time, "sleep", raising(AssertionError("waits")))
+    with pytest.raises(arguments.RunError, match="Permission denied"):
+        storage.write_text(tmp_path / "a.csv", "after")
 
 
 # ---- a full disk --------------------------------------------------------------------------------
