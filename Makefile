@@ -143,6 +143,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 
 $(VENV)/installed: requirements.txt constraints.txt
+	@$(PYTHON) -c "import arguments"  # is it new enough?
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@

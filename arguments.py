@@ -8,6 +8,9 @@ import shlex
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 10):  # noqa: UP036  macOS brings 3.9, and pip finds packages for it
+    sys.exit(f"Python {sys.version.split()[0]} is too old: this code needs 3.10 or newer")
+
 DATASETS = ("cifar10", "folder", "digits")
 FROM_CHECKPOINT = ("dataset", "data_dir", "train_fraction", "split_seed", "seed", "quick", "amp")
 QUICK_EPOCHS = 2
