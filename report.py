@@ -185,18 +185,22 @@ def versions():
     found["commit"] = git("describe", "--always") if tracked else ""
     if not found["commit"] or git("status", "--porcelain", "--", OUR_CODE):
         sha = hashlib.sha256()
-        for path in sorted(Path(__file__).parent.glob("[!.]*.py")):
-            sha.update(path.name.encode() + path.read_bytes())
+        files = Path(__file__).parent.glob("[!.]*.py")
+        for path in sorted(files, key=lambda path: path.name):  # Windows sorts paths otherwise
+            code = path.read_bytes().replace(b"\r\n", b"\n")  # as git may check it out there
+            sha.update(path.name.encode() + code)
         found["commit"] = f"{found['commit'] or 'none'}-dirty-{sha.hexdigest()[:7]}"
     return found
 
 
 def git(*words):
     """What git says of this checkout; "" without one."""
-    if not shutil.which("git"):
+    folder = Path(__file__).resolve().parent
+    checkout = any((above / ".git").exists() for above in (folder, *folder.parents))
+    if not checkout or not shutil.which("git"):  # macOS's git may be but an offer to install it
         return ""
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                          encoding="utf-8", errors="replace", check=False)
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, encoding="utf-8",
+                          errors="replace", check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 import random
 import shutil
 import signal
@@ -231,6 +232,34 @@ def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatc
     found.append(report.versions()["commit"])
     assert len(set(found)) == 6
     assert [commit.count("-dirty-") for commit in found] == [1, 1, 0, 1, 1, 1]
+
+
+def test_the_same_code_is_known_by_the_same_hash_on_windows(tmp_path, monkeypatch):
+    found = []
+    for system, ending in (("linux", b"\n"), ("windows", b"\r\n")):
+        folder = tmp_path / system
+        folder.mkdir()
+        for name in ("report.py", "Part1_mine.py"):  # Windows sorts paths without regard to case
+            (folder / name).write_bytes(b"x = 1" + ending + b"y = 2" + ending)
+        monkeypatch.setattr(report, "__file__", str(folder / "report.py"))
+        with monkeypatch.context() as patch:
+            if system == "windows":
+                patch.setattr(pathlib.PurePath, "__lt__",
+                              lambda a, b: str(a).lower() < str(b).lower())
+            found.append(report.versions()["commit"])
+    assert found[0] == found[1]
+    assert found[0].startswith("none-dirty-")
+
+
+def test_without_a_checkout_git_is_not_called(tmp_path, monkeypatch):
+    """On a Mac without developer tools git is a program that opens a window and offers them."""
+    def called(*words, **keywords):
+        raise AssertionError(words)
+
+    (tmp_path / "report.py").write_text("a downloaded archive")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setattr(report.subprocess, "run", called)
+    assert report.versions()["commit"].startswith("none-dirty-")
 
 
 def test_part_2_calls_the_model_what_its_training_called_it(narrow, tree, tmp_path, monkeypatch):
