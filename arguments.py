@@ -263,6 +263,7 @@ def answer_ctrl_c_during_imports(kind, error, trace):
     os._exit(130)
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # a part is being started
+starting = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+if starting and "IPython" not in sys.modules:  # a part, and not by a notebook's %run
     sys.excepthook = answer_ctrl_c_during_imports
     os.environ.pop("MPLBACKEND", None)  # a notebook's, of a package that .venv may not have
