@@ -5,6 +5,7 @@ import io
 import math
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,14 +55,17 @@ def number(kind, low, high, low_open=False):
 
 
 def path(text):
-    """An argparse type: a file or folder, ~ as the shell has it, which leaves it in --flag=~/x."""
+    """An argparse type: a file or folder, ~ as the shell has it, which leaves it in --flag=~/x.
+
+    Its separator is / on every system: records and checkpoints are read on others.
+    """
     if not text.strip():  # of a variable that is not set; as a path it would be this folder
         raise argparse.ArgumentTypeError("the path is empty; give one, such as . for this folder")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise argparse.ArgumentTypeError(f"no home folder is known for {text!r}; write it out, or "
                                          f"give {f'./{text}'!r} for a name that begins so")
-    return expanded
+    return expanded.replace(os.sep, "/")
 
 
 def new_parser(file, description):
@@ -168,7 +172,7 @@ def check_data_arguments(values):
 
 
 def parse(parser, argv):
-    """The parsed arguments, with --quick applied, and `command`: a line that can be pasted."""
+    """The parsed arguments, with --quick applied, and `command`: its words."""
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     for word in words:
         if "\0" in word or word != word.encode(errors="replace").decode():
@@ -179,8 +183,13 @@ def parse(parser, argv):
     args = parser.parse_args(words)
     if "epochs" in args and args.quick:
         args.epochs = min(args.epochs, QUICK_EPOCHS)
-    args.command = shlex.join(["python", parser.prog, *words])
+    args.command = ["python", parser.prog, *words]
     return args
+
+
+def pasted(words):
+    """A command as one line for this system's shell: Windows' cmd knows no single quotes."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def passed_on(args):
@@ -249,10 +258,10 @@ def explained(error):
 
 
 def resuming_command():
-    words = list(sys.argv)
-    if Path(words[0]).name.startswith("part") and "--resume" not in words:  # others have none
+    words = ["python", *sys.argv]
+    if Path(sys.argv[0]).name.startswith("part") and "--resume" not in words:  # others have none
         words.append("--resume")
-    return "python " + shlex.join(words)
+    return pasted(words)
 
 
 def answer_ctrl_c_during_imports(kind, error, trace):

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import shlex
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ import network
 import plots
 import storage
 import terminal
-from arguments import RunError, UsageError, first_line
+from arguments import RunError, UsageError, first_line, pasted
 from metrics import percent
 
 import numpy as np
@@ -122,10 +121,10 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     name = name or part
     checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
     trained = meta or {"args": values, "seed": args.seed}
-    script = shlex.split(args.command)[1]  # a student's copy of it may be in the same commit
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
-              data.classes, sizes, split.hash, trained["seed"], values, args.command,
-              versions_at_start() | {"script": script}, device, device_name(device), amp.name)
+              data.classes, sizes, split.hash, trained["seed"], values, pasted(args.command),
+              versions_at_start() | {"script": args.command[1]},  # a copy may be in the same commit
+              device, device_name(device), amp.name)
     for row in storage.read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
             renamed = row["split_hash"] == run.split_hash

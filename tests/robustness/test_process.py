@@ -1,6 +1,8 @@
 """A run leaves no trace in its process, and depends on no locale."""
 
+import ast
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,11 +15,12 @@ import part1_baseline
 import part2_robustness
 import part3_augmented
 import part4_angular
+import report
 import storage
 
 import pytest
 
-from .conftest import ROOT, on_tree, read, script, write_tree
+from .conftest import PARTS, ROOT, on_tree, read, script, write_tree
 
 # ---- after main ---------------------------------------------------------------------------------
 
@@ -101,6 +104,58 @@ def test_the_recorded_command_pasted_into_a_shell_gives_the_same_arguments(
     assert meta["command"] == command
 
 
+def test_on_windows_a_command_has_the_quotes_that_its_cmd_knows(monkeypatch):
+    words = ["--data-dir", "C:\\a b\\it's", "--results-dir", "r\\1", "--quick"]
+    expected = "part1_baseline.py --data-dir \"C:\\a b\\it's\" --results-dir r\\1 --quick"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        command = part1_baseline.parse_args(words).command
+        assert arguments.pasted(command) == f"python {expected}"
+        patch.setattr(sys, "argv", ["part1_baseline.py", *words])
+        assert arguments.resuming_command() == f"python {expected} --resume"
+
+
+def test_such_a_command_need_not_be_one_for_a_posix_shell(narrow, tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "pasted", subprocess.list2cmdline)
+    part1_baseline.main([str(word) for word in on_tree(tree, tmp_path / "it's")])
+    record = storage.read_record(tmp_path / "it's", "part1")
+    assert record["versions"]["script"] == "part1_baseline.py"
+    assert "it's" in record["command"].split()[-1]
+
+
+def test_a_path_of_windows_can_be_read_on_other_systems(monkeypatch):
+    words = ["--data-dir", "data\\jpg", "--results-dir", "C:\\r", "--checkpoint", "r\\part1.pt"]
+    monkeypatch.setattr(os, "sep", "\\")
+    args = part2_robustness.parse_args(words)
+    assert (args.data_dir, args.results_dir, args.checkpoint) == ("data/jpg", "C:/r", "r/part1.pt")
+
+
+def test_a_python_that_is_too_old_is_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 6))
+    monkeypatch.setattr(sys, "version", "3.9.6 (default)")
+    with pytest.raises(SystemExit, match=r"Python 3\.9\.6 is too old: this code needs 3\.10"):
+        runpy.run_path(str(ROOT / "arguments.py"))
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    for name in (*PARTS, "summary", "arguments"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 9))
+        imported = [node.names[0].name for node in tree.body if isinstance(node, ast.Import)]
+        first = [module for module in imported if module in ours][:1]
+        assert first == ([] if name == "arguments" else ["arguments"])
+
+
+@pytest.mark.parametrize("notebook", [True, False])
+def test_run_in_a_notebook_leaves_it_its_figures_and_its_exceptions(notebook, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "part1_baseline.py")])  # as %run sets it
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    if notebook:
+        monkeypatch.setitem(sys.modules, "IPython", runpy)
+    runpy.run_path(str(ROOT / "arguments.py"))
+    assert (sys.excepthook is sys.__excepthook__) == notebook
+    assert ("MPLBACKEND" in os.environ) == notebook
+
+
 def test_what_parts_3_and_4_hand_on_to_part_2_arrives():
     argv = ["--results-dir", "a b", "--device", "cpu", "--umap-points", "77"]
     for flags in ([], ["--no-umap", "--resume", "--compile"]):
@@ -116,7 +171,7 @@ def test_home_is_meant_by_a_tilde_that_the_shell_leaves(tmp_path, monkeypatch):
     args = part2_robustness.parse_args(argv)
     found = args.data_dir, args.results_dir, args.checkpoint, args.cifar10c
     assert found == tuple(str(tmp_path / name) for name in ("data", "", "a.pt", "c"))
-    assert shlex.split(args.command)[2:] == argv
+    assert args.command[2:] == argv
     args = part3_augmented.parse_args(["--results-dir=./~x", "--data-dir", "a~b"])
     assert (args.results_dir, args.data_dir) == ("./~x", "a~b")
     code, _, error = script("summary", "~/a", "~/b", narrow=False)
@@ -192,8 +247,6 @@ def test_parts_run_in_any_locale_on_any_names(foreign, locales, tmp_path, locale
 
 def test_no_file_of_ours_is_opened_without_its_encoding():
     """Every call that opens text says utf-8: by the source, as no run comes by every line."""
-    import ast
-
     for path in sorted(ROOT.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
