@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from .conftest import call, count, end, on_checkpoint, on_tree, read, start, write_tree
+from .conftest import ROOT, call, count, end, on_checkpoint, on_tree, read, start, write_tree
 
 
 def no_part2():
@@ -249,6 +249,14 @@ def test_the_same_code_is_known_by_the_same_hash_on_windows(tmp_path, monkeypatc
             found.append(report.versions()["commit"])
     assert found[0] == found[1]
     assert found[0].startswith("none-dirty-")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_git_for_windows_keeps_line_ends_that_make_and_bash_read(tmp_path):
+    config = ["-c", "core.autocrlf=true"]  # as its installer proposes; make and bash: in WSL
+    subprocess.run(["git", *config, "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)
+    for name in ("Makefile", ".ci/run", "part1_baseline.py", "results/reference/README.md"):
+        assert b"\r" not in (tmp_path / "clone" / name).read_bytes(), name
 
 
 def test_without_a_checkout_git_is_not_called(tmp_path, monkeypatch):
