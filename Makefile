@@ -69,6 +69,9 @@ endif
 SEED_DIRS := $(SEEDS:%=$(STUDY)/seed%)
 MODELS := $(foreach part,$(STUDIED),$(SEED_DIRS:%=%/$(part)))
 
+# else make removes what nobody asked for by name, such as part 1's stamp with STUDIED=part3
+.PRECIOUS: $(foreach part,part1 $(STUDIED),$(STUDY)/seed%/$(part).trained)
+
 study: $(MODELS:=.tested) $(MODELS:=.trained)
 	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEED_DIRS))
 
@@ -115,8 +118,8 @@ $(STUDY)/%.tested: $(STUDY)/%.trained $$(@D)/part1.trained
 train = $(call logged,$(1) --results-dir $(@D) --seed $* --split-seed $* --resume $(ARGS),ARGS)
 
 define logged
+$(info $(@D): $(1) (progress: $(basename $@).log))
 @mkdir -p $(@D)
-@echo "$(@D): $(1) (progress: $(basename $@).log)"
 @OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(1) >> $(basename $@).log 2>&1 || { tail -n 5 $(basename $@).log; exit 1; }
 @printf '%s\n' "$$$(2)" > $@
 endef
@@ -127,9 +130,9 @@ KEPT := -name '*.csv' -o -name '*.json' -o -name '*_correct.npz' -o -name '*.png
 
 reference: study
 	mkdir -p $(REFERENCE)
-	cd $(STUDY) && find $(SEEDS:%=seed%) \( $(KEPT) \) ! -name '.*' ! -name '*_examples.png' \
-		! -name '*_adversarial.png' | tar cf - -T - | tar xf - -C $(abspath $(REFERENCE))
-	for s in $(SEEDS); do $(BIN)/python -c "import summary; summary.compare('$(REFERENCE)/seed$$s')"; done
+	(cd $(STUDY) && find $(SEEDS:%=seed%) \( $(KEPT) \) ! -name '.*' ! -name '*_examples.png' \
+		! -name '*_adversarial.png' | tar cf - -T -) | tar xf - -C $(REFERENCE)
+	for s in $(SEEDS); do $(BIN)/python -c "import summary; summary.compare('$(REFERENCE)/seed$$s')" || exit 1; done
 	$(if $(word 2,$(SEEDS)),$(BIN)/python summary.py $(SEEDS:%=$(REFERENCE)/seed%))
 	rm -f $(SEEDS:%=$(REFERENCE)/seed%/summary.html) $(REFERENCE)/trainings.html  # in Markdown there
 
@@ -143,7 +146,8 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 
 $(VENV)/installed: requirements.txt constraints.txt
-	@$(PYTHON) -c "import arguments"  # is it new enough?
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+		'This needs Python 3.10 or newer; give one, such as PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
 	touch $@

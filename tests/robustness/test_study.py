@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,26 +20,44 @@ case "$*" in *$(cat failing 2> /dev/null || echo nothing)*) exit 3;; esac
 """
 
 
+OTHER = """#!/bin/sh
+# stands for a Python of another version
+echo "$@" >> commands.txt
+[ "$1" = -m ] || exec {} -c 'import sys; sys.version_info = (3, {}); exec(sys.argv[2])' "$@"
+"""
+
+
+def write_script(path, text):
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+
+
 @pytest.fixture
-def study(tmp_path):
-    """Runs `make study` in a directory of its own, with a python that only takes notes."""
+def place(tmp_path):
+    """A directory with the Makefile and a python that only takes notes."""
+    place = tmp_path / "my study"
+    (place / "bin").mkdir(parents=True)
+    (place / "v").mkdir()
+    shutil.copy(ROOT / "Makefile", place)
+    for name in ("requirements.txt", "constraints.txt", "v/installed"):  # the last is the newest
+        (place / name).touch()
+    write_script(place / "bin/python", FAKE)
+    return place
+
+
+@pytest.fixture
+def study(place):
+    """Runs `make study` there: the commands that it gave."""
     if shutil.which("make") is None:
         pytest.skip("no make")
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "v").mkdir()
-    for name in ("requirements.txt", "constraints.txt", "v/installed"):  # the last is the newest
-        (tmp_path / name).touch()
-    python = tmp_path / "bin/python"
-    python.write_text(FAKE, encoding="utf-8")
-    python.chmod(0o755)
 
     def run(*words, goal="study"):
-        (tmp_path / "commands.txt").write_text("", encoding="utf-8")
-        done = subprocess.run(["make", goal, "VENV=v", f"BIN={tmp_path}/bin", *words], cwd=tmp_path,
+        (place / "commands.txt").write_text("", encoding="utf-8")
+        done = subprocess.run(["make", goal, "VENV=v", "BIN=bin", *words], cwd=place,
                               capture_output=True, check=False, encoding="utf-8")
         run.said = done.stdout
-        return (tmp_path / "commands.txt").read_text(encoding="utf-8").splitlines()
+        run.error = done.stderr
+        return (place / "commands.txt").read_text(encoding="utf-8").splitlines()
 
     return run
 
@@ -60,23 +79,25 @@ def test_every_seed_gets_six_trainings_on_its_own_split_each_tested_part_1_first
     assert commands[-1] == "summary.py results/study/seed1 results/study/seed2"
 
 
-def test_what_is_finished_is_not_run_again_what_failed_is(study, tmp_path):
+def test_what_is_finished_is_not_run_again_what_failed_is(study, place):
     def scripts(*words):
         return [command.split()[0] for command in study("SEEDS=1", *words)]
 
     part1, part2, part3 = "part1_baseline.py", "part2_robustness.py", "part3_augmented.py"
     assert scripts("STUDIED=part1 part3") == [part1, part2, part3, part2]
-    (tmp_path / "failing").write_text("part4")
+    (place / "failing").write_text("part4")
     assert scripts("STUDIED=part1 part4") == ["part4_angular.py"]
-    (tmp_path / "failing").unlink()
+    (place / "failing").unlink()
     assert scripts("STUDIED=part1 part3 part4") == ["part4_angular.py", part2]
+    assert scripts("STUDIED=part3", "RESULTS=b")[-1] == part2  # which needs part 1's training
+    assert scripts("STUDIED=part1 part3", "RESULTS=b") == [part2]
 
 
-def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study, tmp_path):
-    (tmp_path / "failing").write_text("part")
+def test_a_study_that_was_begun_with_other_arguments_is_not_gone_on_with(study, place):
+    (place / "failing").write_text("part")
     study("SEEDS=1", "ARGS=--no-such-flag")  # what makes nothing binds nobody
-    (tmp_path / "failing").unlink()
-    args = "ARGS=--epochs 5 --data-dir 'a\\b c'"
+    (place / "failing").unlink()
+    args = "ARGS=--epochs 5 --data-dir 'a\\b c' --data-dir \"a (1)\""
     assert len(study("SEEDS=1", args)) == 12
     assert study("SEEDS=1", args) == []  # finished
     assert study("SEEDS=1 2", "ARGS=--epochs 6") == []
@@ -99,9 +120,9 @@ def test_what_an_unset_variable_leaves_empty_is_refused(study, word):
     assert study(word, goal="run") == []  # RESULTS= would be /study, SEEDS= a study of nothing
 
 
-def test_code_that_was_edited_after_a_training_is_told(study, tmp_path):
+def test_code_that_was_edited_after_a_training_is_told(study, place):
     """What is finished is not made again: its results are of the code before."""
-    code = tmp_path / "part1_baseline.py"
+    code = place / "part1_baseline.py"
     code.touch()
     os.utime(code, (0, 0))
     words = "SEEDS=1", "STUDIED=part1 part3"
@@ -121,6 +142,30 @@ def test_a_model_is_tested_after_part_1s_training_and_waits_for_nothing_else(stu
     *trained, tested = study(goal=f"results/study/seed7/{part}.tested")
     assert {command.split()[0] for command in trained} == {"part1_baseline.py", script}
     assert tested.startswith(f"part2_robustness.py --checkpoint results/study/seed7/{part}.pt")
+
+
+def test_the_reference_has_what_was_measured_and_no_weights_or_images(study, place):
+    seed = place / "results/study/seed1"
+    seed.mkdir(parents=True)
+    kept = ["part1.csv", "part1.json", "part1_umap.png", "part2_correct.npz"]
+    for name in (*kept, "part1.pt", "part1_umap.npz", "part2_examples.png", "part2_adversarial.png",
+                 ".part1.csv"):
+        (seed / name).touch()
+    *_, compared = study("SEEDS=1", goal="reference")
+    assert "summary.compare('results/reference/seed1')" in compared
+    found = [path.name for path in (place / "results/reference/seed1").iterdir()]
+    assert sorted(found) == kept
+    (place / "failing").write_text("seed1')")
+    assert study("SEEDS=1 2", goal="reference")[-1] == compared  # what failed is not gone on with
+
+
+@pytest.mark.parametrize(("minor", "commands"), [(9, ["-c"]), (10, ["-c", "-m", "-m"])])
+def test_a_python_that_is_too_old_installs_nothing(study, place, minor, commands):
+    (place / "v/installed").unlink()
+    write_script(place / "other", OTHER.format(sys.executable, minor))
+    found = study("PYTHON=./other", goal="v/installed")
+    assert [command.split()[0] for command in found] == commands
+    assert study.error.startswith("This needs Python 3.10 or newer; give") == (minor < 10)
 
 
 def test_comparisons_of_one_directory_take_turns(tmp_path):
