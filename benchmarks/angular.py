@@ -17,8 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import arguments
+
 BATCHES, DIM, CLASSES, ALPHA_DEG = (128, 512, 2048), 128, 10, 45
 TRIPLET_LIMIT = 2e8  # pytorch-metric-learning lays every triplet out; from here on it does not fit
+UNITS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss
 
 
 def measure(library, batch, repeats, queue):
@@ -45,7 +48,7 @@ def measure(library, batch, repeats, queue):
         loss(embeddings, labels, ALPHA_DEG).backward()
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put((statistics.median(seconds), (peak - before) / 1024))
+    queue.put((statistics.median(seconds), (peak - before) / UNITS_PER_MB))
 
 
 def in_a_process_of_its_own(*arguments):
@@ -60,8 +63,9 @@ def in_a_process_of_its_own(*arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=arguments.number(int, 2 * CLASSES, 16384), nargs="+",
+                        default=BATCHES)
+    parser.add_argument("--repeats", type=arguments.number(int, 1, 10_000), default=5)
     args = parser.parse_args()
     installed = importlib.util.find_spec("pytorch_metric_learning") is not None
     print("| batch | ours, ms | ours, MB | pytorch-metric-learning, ms | MB | ratio of time |")

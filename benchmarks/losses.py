@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import arguments
 import metrics
 import storage
 
@@ -32,8 +33,8 @@ TESTS = ["--perturbations", *PERTURBED, "--eps-255", "0", "2", "8", "16", "--no-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=arguments.number(int, 1, 100_000), default=15)
+    parser.add_argument("--seeds", type=arguments.number(int, 0, 2**32 - 1), nargs="+", default=[0])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--results-dir", type=Path, default=Path("results/losses"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/losses.md")
@@ -56,12 +57,6 @@ def study(loss, seed, args):
     part, script = part_of(loss)
     train = [script, "--epochs", str(args.epochs), "--seed", str(seed), "--no-umap", *LOSSES[loss],
              *args.training]
-    record = folder / "training.txt"
-    if record.exists() and record.read_text(encoding="utf-8") != shlex.join(train):
-        sys.exit(f"{folder} holds the results of {record.read_text(encoding='utf-8')}, this would "
-                 f"be {shlex.join(train)}; give another --results-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(shlex.join(train), encoding="utf-8")
     if part != "part1":
         train.append("--no-part2")
     test = ["part2_robustness.py", "--checkpoint", str(folder / f"{part}.pt"), *TESTS]
@@ -71,11 +66,17 @@ def study(loss, seed, args):
 
 
 def run_once(command, folder, name):
-    """Runs a part unless the table called `name` is there."""
-    if not (folder / f"{name}.csv").exists():
-        command = [*command, "--results-dir", str(folder), "--resume"]
+    """Runs a part unless its results are there; ends if they are of another command."""
+    command = [*command, "--results-dir", str(folder), "--resume"]
+    record = storage.read_record(folder, name)
+    if not record:
         print("$ python", shlex.join(command), flush=True)
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+        if code:
+            sys.exit(code)  # the part has said why
+    elif record["command"] != arguments.pasted(["python", *command]):
+        raise arguments.UsageError(f"{folder}/{name}.json is of another command, "
+                                   f"{record['command']}; give another --results-dir")
 
 
 def values(folder, part):
@@ -89,7 +90,8 @@ def values(folder, part):
         if row["metric"] != "accuracy":
             continue
         if row["condition"] == "clean":
-            clean[row["split"], row["head"]] = row["value"]
+            key = row["split"], row["head"]
+            clean.setdefault(key, row["value"])  # the part's own; part 2's differs by rounding
         elif row["condition"] in PERTURBED:
             perturbed.append(row["value"])
         else:
@@ -181,4 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -16,12 +16,12 @@ import argparse
 import contextlib
 import sys
 import tempfile
-import time
 import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import arguments
 import canvas
 import checkpoints
 import common
@@ -31,7 +31,7 @@ import storage
 
 import torch
 import torch.nn.functional as F
-from throughput import processor
+from throughput import Pictures, crop_and_flip, now, processor
 from torchvision import transforms
 
 EVALUATED = 10_000  # images of the evaluation split, at most
@@ -46,27 +46,10 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results",
                         help="directory of the results; all other arguments are part 3's")
-    parser.add_argument("--usual-epochs", type=int, default=30, help="of the usual training")
+    parser.add_argument("--usual-epochs", type=arguments.number(int, 1, 100_000), default=30,
+                        help="of the usual training")
     args, others = parser.parse_known_args()
     return args, part3_augmented.parse_args(others), others
-
-
-class Pictures(torch.utils.data.Dataset):
-    """The training images, each transformed by itself on the CPU, as the usual scripts do."""
-
-    def __init__(self, split):
-        size = split.train_images.shape[-1]
-        self.images = split.train_images.cpu()
-        self.labels = split.train_labels.tolist()
-        self.transform = transforms.Compose([
-            transforms.ToPILImage(), transforms.RandomCrop(size, padding=size // 8),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i]), self.labels[i]
 
 
 def train_usual(split, classes, seed, epochs, device):
@@ -75,7 +58,9 @@ def train_usual(split, classes, seed, epochs, device):
     model = common.Model(classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    loader = torch.utils.data.DataLoader(Pictures(split), 128, shuffle=True, num_workers=2)
+    steps = [*crop_and_flip(split.train_images.shape[-1]), transforms.ToTensor()]
+    loader = torch.utils.data.DataLoader(Pictures(split.train_images, split.train_labels, steps),
+                                         128, shuffle=True, num_workers=2)
     for _ in range(epochs):
         model.train()
         for images, labels in loader:
@@ -92,7 +77,7 @@ class TrainedError(Exception):
     """Ends part 3 after its last epoch, before it tests."""
 
 
-def measure(recipe, usual_epochs, arguments):
+def measure(recipe, usual_epochs, words):
     """A row for every epoch of both trainings, and what they are of."""
     device = common.pick_device(recipe.device)
     data = common.load_data(recipe.dataset, recipe.data_dir, device, recipe.quick)
@@ -103,11 +88,6 @@ def measure(recipe, usual_epochs, arguments):
     minutes = dict.fromkeys(COLORS, 0.0)
     rows = []
 
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() / 60
-
     def test(name, epoch, model):
         logits = common.predict(model, split.eval_images[some], amp).logits
         accuracy = common.accuracy(logits, split.eval_labels[some])
@@ -117,25 +97,25 @@ def measure(recipe, usual_epochs, arguments):
 
     def save_state(run, history, state, generator):  # in place of checkpoints'
         nonlocal start
-        minutes["ours"] += now() - start
+        minutes["ours"] += (now(device) - start) / 60
         epoch = len(history)
         test("ours", epoch, state["average"].for_evaluation(split.train_images, amp))
         before = (epoch - 1) * usual_epochs // recipe.epochs
         for usual_epoch in range(before + 1, epoch * usual_epochs // recipe.epochs + 1):
-            start = now()
+            start = now(device)
             torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which the usual loop leaves
             model = next(usual)
             torch.backends.cudnn.allow_tf32 = False
-            minutes["usual"] += now() - start
+            minutes["usual"] += (now(device) - start) / 60
             test("usual", usual_epoch, model)
         if epoch == recipe.epochs:
             raise TrainedError
-        start = now()
+        start = now(device)
 
     with (tempfile.TemporaryDirectory() as folder, contextlib.suppress(TrainedError),
           unittest.mock.patch.object(checkpoints, "save_state", save_state)):
-        start = now()
-        part3_augmented.main([*arguments, "--results-dir", folder, "--no-part2"])
+        start = now(device)
+        part3_augmented.main([*words, "--results-dir", folder, "--no-part2"])
     caption = (f"{data.name}: {len(split.train_labels):,} training images, tested on {len(some):,} "
                f"of the evaluation split. {machine(device)}, "
                f"{torch.get_num_threads()} threads, mixed precision of ours: {amp.name}, torch "
@@ -184,9 +164,9 @@ def draw(path, rows, caption):
 
 
 def main():
-    args, recipe, arguments = parse_args()
+    args, recipe, words = parse_args()
     output = args.output
-    rows, caption = measure(recipe, args.usual_epochs, arguments)
+    rows, caption = measure(recipe, args.usual_epochs, words)
     storage.write_rows(output / "time_to_accuracy.csv", rows)
     storage.write_text(output / "time_to_accuracy.md", markdown(rows, caption))
     draw(output / "time_to_accuracy.png", rows, caption)
@@ -194,4 +174,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)
