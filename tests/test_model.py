@@ -1,5 +1,6 @@
 """The network: its checkpoint, its features, folding for inference, the average of its weights."""
 
+import copy
 import math
 import unittest.mock
 
@@ -38,8 +39,6 @@ def test_checkpoint_round_trip(tmp_path, small_model, photos):
 
 
 def test_backbone_loads_into_torchvision(small_model):
-    from torchvision.models import resnet18
-
     other = resnet18(num_classes=10)
     other.conv1, other.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     other.load_state_dict(small_model.backbone.state_dict(), strict=True)
@@ -56,7 +55,6 @@ def test_features_are_what_the_last_layer_sees(small_model, photos):
     assert torch.allclose(small_model.backbone.fc(features), logits, atol=1e-4)
     with torch.no_grad():
         assert torch.allclose(small_model(photos / 255), logits, atol=1e-4)
-    assert not small_model.backbone.avgpool._forward_hooks
 
 
 @pytest.mark.parametrize("head", [None, common.ClassMeans(10, 10)])
@@ -181,7 +179,7 @@ def test_weights_do_not_depend_on_the_processor(monkeypatch):
 
 @pytest.mark.parametrize("classes", [None, 4])
 def test_folding_changes_nothing_but_speed(small_model, photos, classes):
-    model = small_model
+    model = copy.deepcopy(small_model)
     if classes:
         model = common.Model(16, head=common.ClassMeans(classes, 16))
         nn.init.normal_(model.head.means)

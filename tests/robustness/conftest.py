@@ -238,7 +238,7 @@ def end(process, folder, code=0):
 
 
 def wait_for(condition, process=None):
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < limit
         assert process is None or process.is_alive()

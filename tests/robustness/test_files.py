@@ -23,7 +23,16 @@ import torch
 from conftest import META, meta_of
 from torch import nn
 
-from .conftest import ROOT, call, contents, count, is_sentence, on_checkpoint, on_tree
+from .conftest import (
+    ROOT,
+    call,
+    contents,
+    count,
+    is_sentence,
+    on_checkpoint,
+    on_tree,
+    write_tree,
+)
 
 pytestmark = pytest.mark.usefixtures("narrow")
 CPU = torch.device("cpu")
@@ -88,8 +97,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write to .*file.*choose another --results-dir"):
-        checkpoints.lock(tmp_path / "file", "part1")
     with pytest.raises(RunError, match=r"cannot write .*a.csv.*choose another directory"):
         storage.write_rows(tmp_path / "file" / "a.csv", [{"x": 1}])
 
@@ -381,7 +388,7 @@ def resaved(text, how):
     if how == "semicolons":
         return text.replace(",", ";").encode()
     if how == "Latin-1":
-        return text.replace(",cutout,", ",c\u00fct,").encode("latin-1")
+        return text.replace("accuracy", "Pr\u00e4zision").encode("latin-1")
     if how == "UTF-16":
         return text.encode("utf-16")
     if how == "missing column":
@@ -421,10 +428,6 @@ def resaved(text, how):
 def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
         tree, mine, monkeypatch, name, how):
     text = (mine / name).read_text(encoding="utf-8")
-    if how == "Latin-1":
-        text = text.replace("accuracy of ant", "accuracy of c,cutout,")
-        if ",cutout," not in text:
-            pytest.skip("no text to change")
     (mine / name).write_bytes(resaved(text, how))
     refused_before_training(tree, mine, monkeypatch, name)
 
@@ -485,9 +488,10 @@ def refused_before_training(tree, results, monkeypatch, name):
     assert contents(results) == before
 
 
-def test_records_are_utf_8_with_their_names_as_they_are(mine):
-    record = json.loads((mine / "part1.json").read_text(encoding="utf-8"))
-    assert record["weights"] == checkpoints.weights_hash(
-        common.load_checkpoint(mine / "part1.pt", CPU)[0])
-    assert storage.read_record(mine, "part1") == record
-    assert record["sizes"] == {"training": 6, "evaluation": 6, "test": 12}
+def test_records_are_utf_8_with_their_names_as_they_are(tmp_path):
+    data = write_tree(tmp_path / "tree", classes=("ant", "Stra\u00dfe"))
+    assert call("part1_baseline", on_tree(data, tmp_path / "results"))[0] == 0
+    text = (tmp_path / "results/part1.json").read_text(encoding="utf-8")
+    assert '"Stra\u00dfe"' in text  # not "Stra\\u00dfe"
+    assert storage.read_record(tmp_path / "results", "part1") == json.loads(text)
+    assert json.loads(text)["sizes"] == {"training": 6, "evaluation": 6, "test": 12}

@@ -21,7 +21,6 @@ import pytest
 import torch
 
 from .conftest import (
-    PARTS,
     ROOT,
     call,
     contents,
@@ -50,11 +49,10 @@ def raising(error):
 # ---- file systems with less than all ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_without_file_locks_a_run_warns_once_and_goes_on(tree, mine, monkeypatch, number):
+def test_without_file_locks_a_run_warns_once_and_goes_on(tree, mine, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr(fcntl, "flock", raising(failure(number)))
+    monkeypatch.setattr(fcntl, "flock", raising(failure(errno.ENOLCK)))
     for name, argv in (("part3_augmented", on_tree(tree, mine, "--no-part2")),
                        ("part2_robustness", on_checkpoint(mine / "part1.pt", mine))):
         code, error, out = call(name, argv)
@@ -71,10 +69,8 @@ def test_without_fcntl_a_run_goes_on(tree, mine, monkeypatch):
 
 @pytest.mark.parametrize("owner", [pathlib.Path, os], ids=["Path", "os"])
 @pytest.mark.parametrize("name", ["chmod", "unlink"])
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
-def test_without_the_right_to_remove_or_chmod_a_run_goes_on(
-        tree, mine, monkeypatch, owner, name, number):
-    monkeypatch.setattr(owner, name, raising(failure(number)))
+def test_without_the_right_to_remove_or_chmod_a_run_goes_on(tree, mine, monkeypatch, owner, name):
+    monkeypatch.setattr(owner, name, raising(failure(errno.EACCES)))
     code, error, out = call("part1_baseline", on_tree(tree, mine, "--seed", 4))
     assert code == 0, error
     if (owner, name) == (pathlib.Path, "unlink"):
@@ -97,17 +93,15 @@ def test_what_part_2_wrote_of_former_weights_goes_without_its_table_too(tree, mi
     assert not list(mine.glob("part2*"))
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 @pytest.mark.parametrize("name", ["part1_baseline", "part2_robustness"])
-def test_a_directory_that_cannot_be_written_is_refused_at_once(
-        tree, mine, monkeypatch, name, number):
+def test_a_directory_that_cannot_be_written_is_refused_at_once(tree, mine, monkeypatch, name):
     before = contents(mine)
     argv = on_tree(tree, mine)
     if name == "part2_robustness":
         argv = on_checkpoint(mine / "part1.pt", mine)
     monkeypatch.setattr(common, "predict", None)
     monkeypatch.setattr(common, "WeightAverage", None)
-    monkeypatch.setattr(os, "open", raising(failure(number)))  # root may write anywhere
+    monkeypatch.setattr(os, "open", raising(failure(errno.EROFS)))  # root may write anywhere
     code, error, _ = call(name, argv)
     assert code == 1, error
     assert is_sentence(error)
@@ -195,7 +189,7 @@ def without_figures(found):
 
 @pytest.mark.parametrize("name", ["part1_baseline", "part2_robustness"])
 def test_a_full_disk_at_any_write_is_one_sentence_and_earlier_results_stand(
-        tree, mine, tmp_path, monkeypatch, name):
+        tree, mine, monkeypatch, name):
     """Each file is the one at which the disk is full; what was written before it is whole."""
     argv = on_tree(tree, mine, "--epochs", 2)
     if name == "part2_robustness":
@@ -271,8 +265,9 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
-@pytest.mark.parametrize("where", ["training", "prediction", "attack"])
+@pytest.mark.parametrize(("error", "where"), [
+    *((error, "training") for error in OUT_OF_MEMORY), (OUT_OF_MEMORY[2], "prediction"),
+    (OUT_OF_MEMORY[2], "attack")], ids=lambda value: str(value)[:20])
 def test_out_of_memory_is_one_sentence_with_what_to_make_smaller(
         tree, mine, monkeypatch, error, where):
     before = contents(mine)
@@ -309,8 +304,7 @@ def test_a_bug_keeps_its_traceback(tree, mine, monkeypatch, error):
     assert not checkpoints.LOCKS
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd"), SystemError("numba"),
-                                   KeyError(3), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("numba")])
 def test_a_umap_that_fails_costs_only_its_picture(mine, monkeypatch, error):
     monkeypatch.setattr(common, "umap_coordinates", raising(error))
     argv = [word for word in on_checkpoint(mine / "part1.pt", mine) if word != "--no-umap"]
@@ -337,7 +331,7 @@ INTERRUPTS = {
 
 @pytest.mark.parametrize("where", INTERRUPTS)
 def test_ctrl_c_anywhere_is_one_sentence_and_exit_code_130(
-        tree, mine, monkeypatch, capsys, where):
+        tree, mine, monkeypatch, where):
     name, owner, function = INTERRUPTS[where]
     argv = on_tree(tree, mine)
     if name == "part2_robustness":
@@ -399,7 +393,7 @@ def test_a_pipe_that_closes_is_one_sentence_and_exit_code_1(tree, tmp_path, endi
     command = (f"set -o pipefail; {sys.executable} {ROOT}/part1_baseline.py {words} {ending}; "
                "exit ${PIPESTATUS[0]}")
 
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120,
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300,
                           check=False)
     assert done.returncode == 1, done
     assert done.stdout.count("\n") == 1
@@ -409,16 +403,15 @@ def test_a_pipe_that_closes_is_one_sentence_and_exit_code_1(tree, tmp_path, endi
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_an_error_of_the_machine_names_the_file_and_the_way_on(monkeypatch, capsys, name):
+def test_an_error_of_the_machine_names_the_file_and_the_way_on(monkeypatch, capsys):
     def main():
-        raise OSError(errno.EIO, os.strerror(errno.EIO), f"/data/{name}.bin")
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/a.bin")
 
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    monkeypatch.setattr(sys, "argv", ["part1_baseline.py"])
     with pytest.raises(SystemExit) as stop:
         arguments.run(main)
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert f"/data/{name}.bin: Input/output error; what is finished is kept" in error
-    assert error.rstrip().endswith(f"python {name}.py --resume")
+    assert "/data/a.bin: Input/output error; what is finished is kept" in error
+    assert error.rstrip().endswith("python part1_baseline.py --resume")
 

@@ -319,8 +319,7 @@ class Stops(muon.Muon):
     """A student's other optimizer."""
 
 
-def test_what_trains_and_how_long_is_recorded_compared_and_told(narrow, tree, tmp_path,
-                                                                monkeypatch):
+def test_what_trains_and_how_long_is_recorded_compared_and_told(tree, tmp_path, monkeypatch):
     """No argument says it: edited lines do."""
     code, error, _ = call("part1_baseline", on_tree(tree, tmp_path))
     assert code == 0, error
@@ -336,8 +335,7 @@ def test_what_trains_and_how_long_is_recorded_compared_and_told(narrow, tree, tm
     assert "stopped" not in out
 
 
-def test_a_training_that_stops_early_is_told_from_a_whole_one(narrow, tree, tmp_path,
-                                                                 monkeypatch):
+def test_a_training_that_stops_early_is_told_from_a_whole_one(tree, tmp_path, monkeypatch):
     finish = report.finish
     monkeypatch.setattr(report, "finish", lambda run, model, predictions, history, repeated: finish(
         run, model, predictions, history[:1], repeated))  # as after a student's `break`
@@ -355,8 +353,8 @@ class Cosines(common.ClassMeans):
     """A student's other head."""
 
 
-def test_a_head_that_part_2_could_not_make_is_refused_before_it_is_trained(narrow, tree, tmp_path,
-                                                                           monkeypatch):
+def test_a_head_that_part_2_could_not_make_is_refused_before_it_is_trained(
+        tree, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "ClassMeans", Cosines)
     code, error, out = call("part4_angular", on_tree(tree, tmp_path))
     assert code == 2
@@ -364,8 +362,7 @@ def test_a_head_that_part_2_could_not_make_is_refused_before_it_is_trained(narro
     assert "epoch" not in out
 
 
-def test_a_part_of_a_students_own_name_is_refused_with_what_it_needs(narrow, tree, tmp_path,
-                                                                     monkeypatch):
+def test_a_part_of_a_students_own_name_is_refused_with_what_it_needs(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(part3_augmented, "part_name", lambda args: "part5")
     code, error, _ = call("part3_augmented", on_tree(tree, tmp_path, "--no-part2"))
     assert code == 2

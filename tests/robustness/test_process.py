@@ -84,10 +84,9 @@ def test_a_second_call_reads_the_images_anew(narrow, tree, tmp_path):
     assert len({rows[0]["split_hash"] for rows in (first, second, third)}) == 3
 
 
-@pytest.mark.parametrize("folder", ["plain", "a b", "it's", '"$HOME"', "n\u00e4me", "-x",
-                                    "a;b", "*"])
 def test_the_recorded_command_pasted_into_a_shell_gives_the_same_arguments(
-        narrow, tree, tmp_path, monkeypatch, folder):
+        narrow, tree, tmp_path, monkeypatch):
+    folder = """-x it's "$HOME" n\u00e4me; *"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     argv = [str(word) for word in on_tree(tree, f"./{folder}", "--families", "noise", "color")]

@@ -45,13 +45,9 @@ def refused(monkeypatch, checkpoint, results):
     assert contents(results) == before
 
 
-@pytest.mark.parametrize("change", [
-    ["--seed", 1], ["--epochs", 2], ["--lr", 0.01], ["--label-smoothing", 0]])
 def test_a_checkpoint_of_other_weights_is_refused_before_anything_is_done(
-        tree, mine, tmp_path, monkeypatch, change):
-    other = tmp_path / "other"
-    assert call("part1_baseline", on_tree(tree, other, *change))[0] == 0
-    refused(monkeypatch, other / "part1.pt", mine)
+        mine, other_seed, monkeypatch):
+    refused(monkeypatch, other_seed, mine)
 
 
 @pytest.mark.parametrize("part", ["part1", "part3"])
@@ -76,7 +72,7 @@ def test_a_kill_between_checkpoint_and_table_is_refused(tree, mine, monkeypatch,
     assert code == 0, error
 
 
-@pytest.mark.parametrize("name", ["copy.pt", "part3.pt", "a folder/part 1.pt", "p\u00e4rt1.pt"])
+@pytest.mark.parametrize("name", ["part3.pt", "a folder/p\u00e4rt 1.pt"])
 def test_the_same_weights_under_another_name_are_tested(mine, tmp_path, name):
     path = tmp_path / "elsewhere" / name
     path.parent.mkdir(parents=True)
@@ -108,7 +104,7 @@ def test_a_training_that_ends_while_part_2_starts_is_noticed(mine, other_seed, m
 @pytest.mark.parametrize("stray", ["part2.csv", "part2_correct.npz", "part2.json", "part1.json",
                                    "part1_correct.npz"])
 def test_the_comparison_leaves_out_what_is_of_other_weights_and_says_so(
-        tree, mine, other_seed, tmp_path, stray):
+        mine, other_seed, tmp_path, stray):
     theirs = tmp_path / "theirs"
     shutil.copytree(other_seed.parent, theirs)
     assert call("part2_robustness", on_checkpoint(theirs / "part1.pt", theirs))[0] == 0
@@ -156,7 +152,7 @@ def test_a_training_that_ends_at_the_same_weights_keeps_part_2s_results(tree, mi
     assert {path.name: path.read_bytes() for path in mine.glob("part2*")} == before
 
 
-def test_a_part_1_of_another_split_lends_no_adversarial_images(mine, monkeypatch, capsys):
+def test_a_part_1_of_another_split_lends_no_adversarial_images(mine, capsys):
     model, meta = common.load_checkpoint(mine / "part1.pt", "cpu")
     common.save_checkpoint(mine / "part1.pt", model, meta | {"split_hash": "0" * 12})
     _, theirs = common.load_checkpoint(mine / "part3.pt", "cpu")
