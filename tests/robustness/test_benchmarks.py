@@ -46,17 +46,23 @@ def started(monkeypatch, module, *argv):
     module.main()
 
 
-def test_every_contestant_of_throughput_sees_all_images_once(clock, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("flag", "cells"), [
+    ("--compile", "| 1 | 1 | 1 | 1 | 1.00 | 1.00 | 1.00 |"),
+    ("--no-compile", "| 1 | 1 | 1 | 1.00 | 1.00 |")])
+def test_every_contestant_of_throughput_sees_all_images_once(clock, tmp_path, monkeypatch, capsys,
+                                                             flag, cells):
     monkeypatch.setattr(torch, "matmul", torch.add)  # 17 GFLOP, five times
+    monkeypatch.setattr(common, "compile_backbone", lambda *_, **__: None)
+    monkeypatch.setattr(common, "perturb", lambda images, *_: images)
     started(monkeypatch, throughput, "--images", 12, "--batch-sizes", 4, "--rounds", 1,
-            "--umap-points", 53, "--device", "cpu", "--no-compile", "--output", tmp_path)
+            "--umap-points", 53, "--device", "cpu", flag, "--output", tmp_path)
     (file,) = tmp_path.iterdir()
     text = file.read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith(("| training", "| inference |"))]
     assert len(rows) == 3
     for row in rows:
-        assert row.endswith("| 4 | 1 | 1 | 1 | 1.00 | 1.00 |")
+        assert row.endswith(f"| 4 {cells}")
     for name in common.PERTURBATIONS:
         assert f"| {name.replace('_', ' ')} | " in text
 
