@@ -169,19 +169,15 @@ def lock(folder, name):
     LOCKS[path] = file
 
 
-def releases_locks(main):
+@contextlib.contextmanager
+def releases_locks():
     """Decorates a part's `main`: the outermost call gives all locks back, however it ends."""
-
-    @functools.wraps(main)
-    def locked(argv=None):
-        outermost = not LOCKS
-        try:
-            return main(argv)
-        finally:
-            while outermost and LOCKS:
-                os.close(LOCKS.popitem()[1])
-
-    return locked
+    outermost = not LOCKS
+    try:
+        yield
+    finally:
+        while outermost and LOCKS:
+            os.close(LOCKS.popitem()[1])
 
 
 def one_at_a_time(work):

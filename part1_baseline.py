@@ -34,7 +34,7 @@ def parse_args(argv=None):
     return arguments.parse(parser, argv)
 
 
-@checkpoints.releases_locks  # report.start locks this part's files
+@checkpoints.releases_locks()  # report.start locks this part's files
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)

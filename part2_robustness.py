@@ -70,7 +70,7 @@ def parse_args(argv=None):
     return args
 
 
-@checkpoints.releases_locks
+@checkpoints.releases_locks()
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)

@@ -94,7 +94,7 @@ def part_name(args):
     return "part3" if args.families else "part3_crop_flip"
 
 
-@checkpoints.releases_locks  # report.start locks this part's files
+@checkpoints.releases_locks()  # report.start locks this part's files
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)

@@ -108,7 +108,7 @@ def fit_head(model, split, amp):
     model.head.fit(embeddings, split.train_labels)
 
 
-@checkpoints.releases_locks  # report.start locks this part's files
+@checkpoints.releases_locks()  # report.start locks this part's files
 def main(argv=None):
     args = parse_args(argv)
     device = common.pick_device(args.device)
