@@ -48,8 +48,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("part 2").add_argument
     add("--checkpoint", type=arguments.path, default="results/part1.pt",
         help="a checkpoint that a training part wrote")
-    add("--perturbations", nargs="+", default=["all"], metavar="NAME",
-        help="names from perturbations.py, or all")
+    add("--perturbations", nargs="+", choices=("all", *common.PERTURBATIONS), default=["all"],
+        metavar="NAME", help="names from perturbations.py, or all")
     add("--severities", nargs="+", type=int, choices=range(1, 6), default=[3], metavar="N",
         help="severities to test, 1 to 5, for perturbations that have one")
     add("--cifar10c", type=arguments.path, metavar="DIR",
@@ -113,15 +113,9 @@ def main(argv=None):
 
 
 def list_conditions(names, severities):
-    """[(perturbation, severity)], each once, severity "" for those that have none.
-
-    names: of perturbations, or "all".  Raises UsageError for a name that is none.
-    """
+    """[(perturbation, severity)] of names or "all", each once; severity "" where there is none."""
     conditions = []
     for name in common.PERTURBATIONS if "all" in names else dict.fromkeys(names):
-        if name not in common.PERTURBATIONS:
-            raise UsageError(f"--perturbations: no perturbation is called {name!r}; there are all, "
-                             + ", ".join(common.PERTURBATIONS))
         levels = [""] if name in common.NO_SEVERITY else severities
         conditions += [(name, level) for level in levels]
     return conditions
