@@ -107,8 +107,6 @@ def read_study(folder):
     if not parts:
         raise UsageError(f"{folder} holds no table of the part that its name says: "
                          f"{'; '.join(left_out)}")
-    if not any(part.accuracies for part in parts.values()):
-        raise UsageError(f"{folder} holds no accuracy of any part; {storage.REWRITE}")
     seen, trained_on = seen_by_part3(parts, left_out)
     for name, other in pairs(parts):
         differing = [key.removeprefix("test/").replace("/", " ") for key in parts[name].pixels
