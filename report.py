@@ -123,7 +123,7 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     trained = meta or {"args": values, "seed": args.seed}
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
               data.classes, sizes, split.hash, trained["seed"], values, pasted(args.command),
-              versions_at_start() | {"script": args.command[1]},  # a copy may be in the same commit
+              versions() | {"script": args.command[1]},  # a copy of it may be in the same commit
               device, device_name(device), amp.name)
     for row in storage.read_all(folder):
         if (row["dataset"], row["split_hash"]) != (run.dataset, run.split_hash):
@@ -167,12 +167,7 @@ def tell_what_is_replaced(run):
               "be replaced; to keep it, stop now and give another --results-dir")
 
 
-@functools.cache
-def versions_at_start():
-    """`versions` when this process asked first: code that is edited while it runs does not run."""
-    return versions()
-
-
+@functools.cache  # of when this process asked first: code that is edited later does not run in it
 def versions():
     """{package: version} of what computes, with Python's and the commit.
 

@@ -1,6 +1,7 @@
 """A run that is killed at any moment and resumed ends as if nothing had happened, to the bit."""
 
 import csv
+import functools
 import json
 import pathlib
 import random
@@ -199,6 +200,11 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_records_both(narrow, tre
     assert record["versions"]["commit"] == "abc, then def-dirty"
 
 
+def commit_now():
+    report.versions.cache_clear()
+    return report.versions()["commit"]
+
+
 def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path,
@@ -207,15 +213,15 @@ def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatc
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "part.py").write_text("z")  # a downloaded archive, without git
-    found = [report.versions()["commit"]]
+    found = [commit_now()]
     (tmp_path / "part.py").write_text("y")
-    found.append(report.versions()["commit"])
+    found.append(commit_now())
     (tmp_path / ".#part.py").symlink_to("nowhere")  # an editor's lock
     git("init")  # of something else
     (tmp_path / ".gitignore").write_text("*.py")
     git("add", ".gitignore")
     git("commit", "-m", "x")
-    assert report.versions()["commit"] == found[-1]
+    assert commit_now() == found[-1]
     assert all(commit.startswith("none-dirty-") for commit in found)
     (tmp_path / ".gitignore").unlink()
     for content in ("a", "b", "c"):
@@ -223,13 +229,13 @@ def test_a_changed_line_changes_the_commit_that_is_recorded(tmp_path, monkeypatc
         if content == "a":
             git("add", "part.py")
             git("commit", "-m", "x")
-        found.append(report.versions()["commit"])
+        found.append(commit_now())
     (tmp_path / "README.md").write_text("no code")
     git("add", "README.md")
-    assert report.versions()["commit"] == found[-1]
+    assert commit_now() == found[-1]
     (tmp_path / "part.py").write_text("a")
     (tmp_path / "losses.py").write_text("a student's own, not added yet")
-    found.append(report.versions()["commit"])
+    found.append(commit_now())
     assert len(set(found)) == 6
     assert [commit.count("-dirty-") for commit in found] == [1, 1, 0, 1, 1, 1]
 
@@ -246,7 +252,7 @@ def test_the_same_code_is_known_by_the_same_hash_on_windows(tmp_path, monkeypatc
             if system == "windows":
                 patch.setattr(pathlib.PurePath, "__lt__",
                               lambda a, b: str(a).lower() < str(b).lower())
-            found.append(report.versions()["commit"])
+            found.append(commit_now())
     assert found[0] == found[1]
     assert found[0].startswith("none-dirty-")
 
@@ -267,7 +273,7 @@ def test_without_a_checkout_git_is_not_called(tmp_path, monkeypatch):
     (tmp_path / "report.py").write_text("a downloaded archive")
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     monkeypatch.setattr(report.subprocess, "run", called)
-    assert report.versions()["commit"].startswith("none-dirty-")
+    assert commit_now().startswith("none-dirty-")
 
 
 def test_part_2_calls_the_model_what_its_training_called_it(narrow, tree, tmp_path, monkeypatch):
@@ -398,7 +404,7 @@ def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mi
 def test_a_run_is_of_the_code_that_it_began_with(narrow, tree, tmp_path, monkeypatch):
     """Part 3 trains for long; what is edited meanwhile is not what its part 2 runs."""
     commits = iter(("abc", "def", "ghi"))
-    monkeypatch.setattr(report, "versions", lambda: {"commit": next(commits)})
+    monkeypatch.setattr(report, "versions", functools.cache(lambda: {"commit": next(commits)}))
     code, error, _ = call("part3_augmented", on_tree(tree, tmp_path))
     assert code == 0, error
     for name in ("part3", "part3_robustness"):
