@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import json
 import math
 import platform
 import shutil
@@ -152,10 +151,10 @@ def tell_what_is_replaced(run):
     if resumed or not record or not run.path(".csv").exists():
         return
     before = record["args"] | {"amp": record.get("amp")}
-    now = json.loads(json.dumps(run.args | {"amp": run.amp}))  # tuples as lists, as in the record
+    now = run.args | {"amp": run.amp}
     differing = [f"{checkpoints.flag(name)} {checkpoints.spelled(before[name])}"
                  for name in sorted(before.keys() & now.keys() - checkpoints.no_effect(now))
-                 if before[name] != now[name]]
+                 if checkpoints.spelled(before[name]) != checkpoints.spelled(now[name])]
     if run.weights and record["weights"] != run.weights:  # part 2 knows them before it begins
         differing.append(f"the weights {record['weights']}")
     made_by = {"commit": "unknown", "script": run.versions["script"]} | record["versions"]
