@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 MARGINS = {"arcface": 0.2, "cosface": 0.2, "sphereface": 1.1}  # --loss: its default --margin
+OF_LOSSES = {"alpha_deg": ("angular",), "proxies": ("angular",), "margin": (*MARGINS,),
+             "scale": ("arcface", "cosface")}  # part 4's arguments that only some losses have
 
 
 def add_arguments(add):
@@ -20,16 +22,14 @@ def add_arguments(add):
 
 
 def check_arguments(parser, args):
-    """Refuses a margin or a scale that --loss does not have."""
-    if args.margin is not None and args.loss not in MARGINS:
-        parser.error(f"argument --margin: the {args.loss} loss has none; leave it out, or give "
-                     f"--loss {', '.join(MARGINS)}")
+    """Refuses what --loss does not have, and a margin that makes sphereface easier."""
+    for name, losses in OF_LOSSES.items():
+        if getattr(args, name) != parser.get_default(name) and args.loss not in losses:
+            parser.error(f"argument --{name.replace('_', '-')}: not of --loss {args.loss}; leave "
+                         f"it out, or give --loss {' or '.join(losses)}")
     if args.loss == "sphereface" and args.margin is not None and args.margin < 1:
         parser.error("argument --margin: sphereface multiplies the angle by it, expected 1 to 4, "
                      f"found {args.margin}")
-    if args.scale != parser.get_default("scale") and args.loss not in ("arcface", "cosface"):
-        parser.error(f"argument --scale: the loss {args.loss} has none; leave it out, or give "
-                     "--loss arcface or cosface")
 
 
 class MarginLoss:

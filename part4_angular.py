@@ -56,10 +56,6 @@ def parse_args(argv=None):
     arguments.add_no_part2(parser)
     args = arguments.parse(parser, argv)
     margin_losses.check_arguments(parser, args)
-    if args.alpha_deg != parser.get_default("alpha_deg") and args.loss != "angular":
-        parser.error(f"argument --alpha-deg: {args.loss} has no such angle; leave it out")
-    if args.proxies and args.loss != "angular":
-        parser.error(f"argument --proxies: {args.loss} learns proxies anyway; leave it out")
     if args.augment:
         args.shares = common.shares_of(SHARES, common.SEEN_FAMILIES)
     return args

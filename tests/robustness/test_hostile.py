@@ -142,10 +142,10 @@ def wrong_command_lines():
                   for flag in ("--seed", "--results-dir", "--amp")]
     found += [("part4_angular", list(words), 2, words[0]) for words in PART4]
     found.append(("part4_angular", ["--loss", "sphereface", "--margin", "0.5"], 2, "--margin: sph"))
-    found.append(("part4_angular", ["--loss", "arcface", "--alpha-deg", "40"], 2, "no such"))
-    found.append(("part4_angular", ["--loss", "arcface", "--proxies"], 2, "leave it out"))
-    found.append(("part4_angular", ["--margin", "0.3"], 2, "--margin: the angular"))
-    found += [("part4_angular", [*loss, "--scale", "30"], 2, "--scale: the loss")
+    found.append(("part4_angular", ["--loss", "arcface", "--alpha-deg", "40"], 2, "not of"))
+    found.append(("part4_angular", ["--loss", "arcface", "--proxies"], 2, "--proxies: not of"))
+    found.append(("part4_angular", ["--margin", "0.3"], 2, "--margin: not of --loss ang"))
+    found += [("part4_angular", [*loss, "--scale", "30"], 2, "--scale: not of --loss")
               for loss in ([], ["--loss", "sphereface"])]
     found.append(("part1_baseline", ["--label-smoothing", "1"], 2, "--label-smoothing"))
     found.append(("part3_augmented", ["--families", "blur"], 2, "--families"))
