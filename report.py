@@ -100,11 +100,10 @@ def label(part, args):
         return LABELS[part]
 
 
-def start(args, part, data, split, device, amp, name=None, checkpoint=None, weights="",
-          meta=None):
+def start(args, part, data, split, device, amp, weights="", meta=None):
     """The Run of a part, its files locked; prints the header.
 
-    meta: of the checkpoint that part 2 tests, whose label and seed its rows and figures have.
+    weights, meta: of the checkpoint that part 2 tests; its rows have the label and seed of these.
 
     Raises UsageError if the results directory holds another study's results, or a file that has the
     name of a part's but was not written by one; RunError if it cannot be written to.
@@ -117,8 +116,8 @@ def start(args, part, data, split, device, amp, name=None, checkpoint=None, weig
     values = {key: value for key, value in vars(args).items() if key != "command"}
     sizes = {"training": len(split.train_labels), "evaluation": len(split.eval_labels),
              "test": len(data.test_labels)}
-    name = name or part
-    checkpoint = checkpoint or (folder / f"{part}.pt").as_posix()
+    name = storage.robustness_name(part) if meta else part
+    checkpoint = Path(args.checkpoint if meta else folder / f"{part}.pt").as_posix()
     trained = meta or {"args": values, "seed": args.seed}
     run = Run(part, label(part, trained["args"]), name, folder, checkpoint, weights, data.name,
               data.classes, sizes, split.hash, trained["seed"], values, pasted(args.command),
@@ -353,8 +352,7 @@ def start_test(args, model, meta, data, split, device, amp):
             raise UsageError(f"{table} is of the weights {row['weights']}, but {args.checkpoint} "
                              f"holds {weights}; give another --results-dir, or end the training "
                              f"of {part} with --resume first")
-    return start(args, part, data, split, device, amp, storage.robustness_name(part),
-                 Path(args.checkpoint).as_posix(), weights, meta)
+    return start(args, part, data, split, device, amp, weights, meta)
 
 
 def check_network(path, meta, clean):
