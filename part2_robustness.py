@@ -157,7 +157,7 @@ def test_perturbations(args, run, inference, data, amp, sets, clean, attack_idx,
         ours = name in common.PERTURBATIONS
         strongest = ours and severity in ("", max(args.severities))
         sha = hashlib.sha256(perturbed.cpu().numpy())
-        if not ours:
+        if not ours:  # CIFAR-10-C has labels of its own
             sha.update(truth.cpu().numpy())
         pixels = sha.hexdigest()[:12]
         key = name, severity, pixels  # of other pixels, such as edited code's: predicted anew
