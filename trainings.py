@@ -20,7 +20,8 @@ from pages import bullets, code, markdown_table
 
 import numpy as np
 
-NOT_COMPARED = {"seed", "split_seed", "compile", "cifar10c"}  # the last two: elsewhere
+# `made_with` names --compile; of CIFAR-10-C the pixels are compared, not where they are
+NOT_COMPARED = {"seed", "split_seed", "compile", "cifar10c"}
 RECORDED = ("script", "optimizer", "stopped")  # of a record's versions; no flags
 HEADS = ["own", "class_means", "knn", "probe"]
 MAIN_ATTACK = "FGSM 8/255"  # the one that a claim is about
