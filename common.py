@@ -91,7 +91,7 @@ class Amp:
 
 @functools.lru_cache
 def fastest_precision(device):
-    """ "bf16", "fp16" or "off". Timed on CPUs without bf16: some emulate it, 4-16 times slower."""
+    """ "bf16", "fp16" or "off". Timed on CPUs without bf16: some emulate it, much slower."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if device.type != "cpu":

@@ -35,7 +35,8 @@ def check_arguments(parser, args):
 class MarginLoss:
     """Cross-entropy of scaled cosines to learned proxies, the head's means, with a margin.
 
-    arcface (Deng et al. 2019): cos(min(θ + m, π)).  cosface (Wang et al. 2018): cos θ - m.
+    arcface (Deng et al. 2019; the bound is ours): cos(min(θ + m, π)).
+    cosface (Wang et al. 2018): cos θ - m.
     sphereface (Liu et al. 2017, with the characteristic function of SphereFace-R, Liu et al. 2022):
     cos(min(m θ, π)), and the embedding's own length as the scale.  Creating the loss initializes
     the proxies.

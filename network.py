@@ -31,8 +31,9 @@ class Model(nn.Module):
     """Pixels in [0,1] to logits: normalization, torchvision's ResNet18 for small images, a head.
 
     forward: float (B,3,H,W) in [0,1] → logits (B,C).  The backbone's state_dict loads with
-    strict=True into torchvision's resnet18(num_classes=outputs) with a 3×3 stem and no max-pool
-    (He et al. 2016, for CIFAR).  Of another backbone the last layer must be called fc.
+    strict=True into torchvision's resnet18(num_classes=outputs) with a 3×3 stem and no max-pool,
+    as the narrower networks of He et al. 2016 for CIFAR-10 begin.  Of another backbone the last
+    layer must be called fc.
     """
 
     def __init__(self, outputs, head=None):

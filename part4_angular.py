@@ -65,7 +65,7 @@ def parse_args(argv=None):
 
 
 def angular_loss(embeddings, labels, alpha_deg, copies=None):
-    """Angular loss (Wang et al., ICCV 2017, eq. 8): all pairs of a class against all negatives.
+    """Angular loss (Wang et al., ICCV 2017): all pairs of a class against all negatives.
 
     embeddings: float (B,D), normalized here to unit length.  labels: int64 (B,).  alpha_deg: in
     [0, 70] degrees.  copies: float (B,), how many times each row counts; None: once.

@@ -271,7 +271,7 @@ def warp(images, matrices, mode="bicubic"):
     """
     device = images.device
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    if mode == "bicubic" and device.type == "mps":  # Apple GPUs lack this one operator
+    if mode == "bicubic" and device.type == "mps":  # not there in older versions of torch
         images, grid = images.cpu(), grid.cpu()
     sampled = F.grid_sample(images, grid, mode, padding_mode="reflection", align_corners=False)
     return sampled.to(device)
@@ -344,7 +344,7 @@ def scale(images, level, generator):
 
 @perturbation("geometry")
 def cutout(images, level, generator):
-    """Covers a square with gray (DeVries & Taylor 2017), wholly inside; its side in pixels."""
+    """Covers a square with gray; its side in pixels. DeVries & Taylor 2017 let it reach outside."""
     height, width = images.shape[2:]
     side = round(pixels_of_32(images, (6, 8, 10, 12, 16)[level]))
     top = (uniform(images, generator, 1, 1, 1) * (height - side + 1)).floor()

@@ -280,7 +280,7 @@ class OnApple(torch.Tensor):
 
 
 class AppleGPU(TorchDispatchMode):
-    """Runs what is on the pretended GPU; refuses what Apple's lack."""
+    """Runs what is on the pretended GPU; refuses what older versions of torch lack there."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
