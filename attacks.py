@@ -51,16 +51,12 @@ def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_siz
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
 
     steps = []
+    victim = for_norm(model, norm)
     with attack_mode(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            moved = fast_gradient_method(model, x, 1.0, norm, y=y, targeted=targeted).detach()
-            step = moved - x
-            if norm == np.inf:
-                step = step.sign()  # x + 1 - x is not 1 to the last bit
-            else:  # cleverhans shortens the step where the mean loss's gradient is below 1e-6
-                length = step.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                step = torch.where(length > 0, step / length, 0)
-            steps.append(step)
+            moved = fast_gradient_method(victim, x, 1.0, norm, y=y, targeted=targeted).detach()
+            step = moved - x  # x + 1 - x is not 1 to the last bit
+            steps.append(step.sign() if norm == np.inf else unit_length(step))
     return torch.cat(steps)
 
 
@@ -73,13 +69,39 @@ def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 
     adversarial = []
+    victim = for_norm(model, norm)
     with attack_mode(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             moved = projected_gradient_descent(
-                model, x, eps, min(eps, 2.5 * eps / steps), steps, norm, clip_min=0.0, clip_max=1.0,
-                y=y, rand_init=False, sanity_checks=False)  # they fail on CUDA (cleverhans#1248)
+                victim, x, eps, min(eps, 2.5 * eps / steps), steps, norm, clip_min=0.0,
+                clip_max=1.0, y=y, rand_init=False,
+                sanity_checks=False)  # they fail on CUDA (cleverhans#1248)
             adversarial.append(moved.detach())
     return torch.cat(adversarial)
+
+
+def for_norm(model, norm):
+    """What cleverhans attacks: in L2 the model with gradients of length 1, in L∞ itself.
+
+    In L2 cleverhans' steps are too short where the gradient of the batch's mean loss is below 1e-6,
+    as it is where a model is confident: PGD would leave more images right than FGSM.
+    """
+    if norm == np.inf:
+        return model
+
+    def with_unit_gradients(images):
+        images.register_hook(unit_length)  # works on the gradient before cleverhans has it
+        return model(images)
+
+    return with_unit_gradients
+
+
+def unit_length(steps):
+    """Steps (B,3,H,W) divided by their L2 norm, those of zeros left; the tiniest squares are 0."""
+    largest = steps.abs().amax((1, 2, 3), keepdim=True)
+    steps = torch.where(largest > 0, steps / largest, 0)
+    length = steps.flatten(1).norm(dim=1).view(-1, 1, 1, 1)  # 0, or at least 1
+    return steps / length.clamp(min=1)
 
 
 class UnitLogits(nn.Module):

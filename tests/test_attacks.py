@@ -35,15 +35,37 @@ def test_a_targeted_step_goes_down_the_loss_of_the_target(small_model, batch):
     assert torch.equal(common.fgsm(small_model, images, target, 4 / 255, targeted=True), expected)
 
 
-@pytest.mark.parametrize("scale", [1, 1e-6])  # of the logits and their gradient
+SCALES = pytest.mark.parametrize("scale", [1, 1e-6, 1e-25])  # of the logits and their gradient
+
+
+def plain_l2_step(model, images, labels):
+    gradient = plain_gradient(model, images, labels).double()
+    return (gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).float()
+
+
+@SCALES
 def test_l2_step_is_the_normalized_gradient(small_model, batch, scale):
     images, labels = batch
     model = copy.deepcopy(small_model)
     model.backbone.fc.weight.data *= scale
-    gradient = plain_gradient(model, images, labels)
-    step = 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    step = 0.5 * plain_l2_step(model, images, labels)
     found = common.fgsm(model, images, labels, 0.5, norm=2)
     assert torch.allclose(found, (images + step).clamp(0, 1), atol=1e-5)
+
+
+@SCALES
+def test_l2_pgd_takes_steps_of_one_length_however_small_the_gradient(small_model, batch, scale):
+    images, labels = batch
+    model = copy.deepcopy(small_model)
+    model.backbone.fc.weight.data *= scale
+    moved = images
+    for _ in range(4):
+        step = 2.5 * 0.5 / 4 * plain_l2_step(model, moved, labels)
+        change = (moved + step).clamp(0, 1) - images
+        length = change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        moved = (images + change * (0.5 / length).clamp(max=1)).clamp(0, 1)
+    found = common.pgd(model, images, labels, 0.5, norm=2, steps=4)
+    assert ((found - moved).flatten(1).norm(dim=1) < 0.05).all()  # of 0.5; rounding adds up
 
 
 @pytest.mark.parametrize("norm", [np.inf, 2])
