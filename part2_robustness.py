@@ -301,7 +301,7 @@ def make_directions(args, names, model, images, labels, clean, part1):
     directions = {
         names.fgsm: common.fgsm_direction(model, images, labels, norm),  # the reported attack
         f"{names.fgsm}_unit": common.fgsm_direction(unit, images, labels, norm),
-        # labels that leak nothing about the true one (Kurakin et al. 2017)
+        # without the true labels, which one-step attacks may leak (Kurakin et al. 2017)
         f"{names.fgsm}_predicted": common.fgsm_direction(model, images, clean.argmax(1), norm),
         names.random: noise}
     if args.targeted:
