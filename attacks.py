@@ -11,6 +11,7 @@ from torch import nn
 def attack_mode(model):
     """Eval mode, float32, no gradients for the parameters; afterwards all is as it was before.
 
+    The images get gradients also where the caller has switched them off.
     Raises ValueError for weights that are not finite: an attack on them would change nothing.
     """
     for name, parameter in model.named_parameters():
@@ -22,7 +23,8 @@ def attack_mode(model):
     device = next(model.parameters()).device.type
     model.eval().requires_grad_(False)
     try:
-        with torch.autocast(device, enabled=False):
+        with (torch.inference_mode(False), torch.enable_grad(),
+              torch.autocast(device, enabled=False)):
             yield
     finally:
         for module in training:
@@ -31,14 +33,25 @@ def attack_mode(model):
             parameter.requires_grad_(flag)
 
 
+def in_batches(images, labels, batch_size):
+    """Pairs of images, float32 without a gradient, and labels. Raises ValueError outside [0,1]."""
+    images = images.detach().float()
+    if not ((images > -0.001) & (images < 1.001)).all():  # more than rounding: other images
+        raise ValueError(f"an attack takes images in [0,1], found {images.min():g} to "
+                         f"{images.max():g}; common.to_float makes them of uint8, and a model "
+                         "must normalize them itself")
+    return zip(images.split(batch_size), labels.clone().split(batch_size), strict=True)
+
+
 def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
     """Fast gradient method (Goodfellow et al. 2015), by cleverhans, away from the given labels.
 
     images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; with `targeted` the
     target classes.  eps: in pixel units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in
     [0,1], detached, not rounded to 8 bits; the model's mode and gradients stay as they were.
+    Raises ValueError for images outside [0,1].
     """
-    images = images.float()
+    images = images.detach().float()
     step = fgsm_direction(model, images, labels, norm, targeted)
     return (images + eps * step).clamp(0, 1)
 
@@ -53,7 +66,7 @@ def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_siz
     steps = []
     victim = for_norm(model, norm)
     with attack_mode(model):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for x, y in in_batches(images, labels, batch_size):
             moved = fast_gradient_method(victim, x, 1.0, norm, y=y, targeted=targeted).detach()
             step = moved - x  # x + 1 - x is not 1 to the last bit
             steps.append(step.sign() if norm == np.inf else unit_length(step))
@@ -71,7 +84,7 @@ def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
     adversarial = []
     victim = for_norm(model, norm)
     with attack_mode(model):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for x, y in in_batches(images, labels, batch_size):
             moved = projected_gradient_descent(
                 victim, x, eps, min(eps, 2.5 * eps / steps), steps, norm, clip_min=0.0,
                 clip_max=1.0, y=y, rand_init=False,

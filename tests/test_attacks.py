@@ -132,6 +132,35 @@ def test_pgd_takes_ten_steps(small_model, batch):
     assert ((found - ten).abs() < 1e-6).float().mean() > 0.99  # a sign can hang on rounding
 
 
+@pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
+@pytest.mark.parametrize("change", [
+    lambda images: (images * 255).byte(), lambda images: images * 255,
+    lambda images: (images - 0.5) / 0.25, lambda images: images * np.nan])
+def test_images_outside_0_to_1_are_refused_not_clipped(small_model, batch, attack, change):
+    images, labels = batch
+    with pytest.raises(ValueError, match=r"takes images in \[0,1\], found"):
+        attack(small_model, change(images), labels, 8 / 255)
+
+
+@pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_attack_needs_no_gradients_from_its_caller(small_model, batch, attack, mode):
+    images, labels = batch
+    expected = attack(small_model, images, labels, 8 / 255)
+    with mode():  # as around an evaluation; what is made in it stays so
+        assert torch.equal(attack(small_model, images.clone(), labels.clone(), 8 / 255), expected)
+
+
+@pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
+@pytest.mark.parametrize("norm", [np.inf, 2])
+def test_adversarial_images_are_float32_and_detached(small_model, batch, attack, norm):
+    images, labels = batch
+    for given in (images.clone().requires_grad_(), images.double()):
+        found = attack(small_model, given, labels, 8 / 255, norm)
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+
+
 def test_unit_logits_have_a_deviation_of_one_in_every_image():
     logits = torch.tensor([[0.0, 1, 2], [0, 100, 200], [3, -3, 0], [0, 0, 0]])
     expected = [[0, 1, 2], [0, 1, 2], [1, -1, 0], [0, 0, 0]]  # the deviations: 1, 100, 3 and 0
