@@ -30,16 +30,21 @@ BLOCK = 500  # images frozen together: part of the perturbed test set's definiti
 
 
 def perturbation(family, has_severity=True):
-    """Registers a perturbation by its name; checks its severity and result, clips to [0,1]."""
+    """Registers a perturbation by its name; checks what it takes and returns, clips to [0,1]."""
 
     def register(function):
         name = function.__name__
 
         @functools.wraps(function)
         def checked(images, severity, generator):
-            if severity not in (1, 2, 3, 4, 5):
-                raise ValueError(f"{name}: severity {severity!r} is not one of 1, 2, 3, 4, 5")
-            result = function(images, int(severity) - 1, generator)
+            level = level_of(name, severity)
+            if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+                raise ValueError(f"{name} takes float images (N,3,H,W) in [0,1], found "
+                                 f"{images.dtype} of the shape {*images.shape,}")
+            if len(images) == 0:  # which torch's sampling refuses
+                return images.clone()
+            with torch.autocast(images.device.type, enabled=False):  # bf16 would sample elsewhere
+                result = function(images, level, generator)
             if (result.shape, result.dtype) != (images.shape, images.dtype):
                 raise ValueError(f"{name} returned {result.dtype} of the shape {*result.shape,}, "
                                  f"expected {images.dtype} of {*images.shape,}, in [0,1]")
@@ -52,6 +57,13 @@ def perturbation(family, has_severity=True):
         return checked
 
     return register
+
+
+def level_of(name, severity):
+    """severity - 1, an int: 3.0, as tables are read, is 3. Raises ValueError."""
+    if severity not in (1, 2, 3, 4, 5):
+        raise ValueError(f"{name}: severity {severity!r} is not one of 1, 2, 3, 4, 5")
+    return int(severity) - 1
 
 
 # ---- sizes, and draws: one number (or more) for every image -------------------------------------
@@ -365,7 +377,8 @@ def to_uint8(images):
     within 1e-12 of it, above or below as the processor adds up. So all from a hair below the tie
     goes up: at that hair lies no tie, nor any other round number.
     """
-    return (images * 255 + (0.5 + 2**-20)).to(torch.uint8)  # cuts the fraction off
+    # `to` cuts the fraction off, and takes 256, to which bfloat16 rounds white, for 0
+    return (images * 255 + (0.5 + 2**-20)).clamp(0, 255).to(torch.uint8)
 
 
 def perturb(images, name, severity):
@@ -376,8 +389,12 @@ def perturb(images, name, severity):
     500, each from a CPU generator seeded with its name and place, and a short last block is filled
     up before it is drawn. It is made on the CPU and in float64, whose rounding errors are far too
     small to change an 8-bit pixel (see `to_uint8`).
-    Returns uint8 (N,3,H,W) on the images' device.
+    Returns uint8 (N,3,H,W) on the images' device.  Raises ValueError for float images.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"perturb takes uint8 images, found {images.dtype}; PERTURBATIONS[name] "
+                         "takes float ones")
+    severity = 1 + level_of(name, severity)  # seeds go by its digit
     pixels = images.cpu()
     result = torch.empty_like(pixels)
     for start in range(0, len(pixels), BLOCK):

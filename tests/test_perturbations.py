@@ -38,8 +38,15 @@ def test_contract(name, dtype, photos):
     assert torch.equal(images, before)
     torch.manual_seed(9)  # the global generator has no say
     assert torch.equal(result, apply(name, images))
+    with torch.autocast("cpu", torch.bfloat16):  # as around a user's augmentation
+        assert torch.equal(result, apply(name, images))
+    assert apply(name, images[:0]).shape == (0, 3, 32, 32)
     with pytest.raises(ValueError, match="severity 6"):
         apply(name, images, 6)
+    height_last = images.permute(0, 2, 3, 1)
+    for wrong in ((images * 255).byte(), images[0], height_last):  # some would give other images
+        with pytest.raises(ValueError, match=f"{name} takes float images"):
+            apply(name, wrong)
 
 
 @pytest.mark.parametrize(("result", "told"), [
@@ -338,6 +345,9 @@ def test_a_tie_goes_up_whatever_the_last_bits_are():
     assert torch.equal(to_uint8((values[:-1] + 0.499) / 255), values[:-1].byte())
     for dtype in (torch.float32, torch.float64):
         assert torch.equal(to_uint8(values.to(dtype) / 255), values.byte())
+    outside = torch.tensor([-0.01, 1.01])  # as of bicubic resizing
+    assert torch.equal(to_uint8(outside), torch.tensor([0, 255], dtype=torch.uint8))
+    assert to_uint8(torch.ones(1, dtype=torch.bfloat16)) == 255
 
 
 def test_test_set_is_frozen(photos, monkeypatch):
@@ -353,6 +363,17 @@ def test_test_set_is_frozen(photos, monkeypatch):
         assert whole.dtype == torch.uint8
         assert torch.equal(whole[:35], common.perturb(photos[:35], name, 2))
         assert torch.equal(whole[1:], common.perturb(other, name, 2)[1:])
+
+
+@pytest.mark.parametrize("severity", [3.0, np.float64(3), np.int64(3)])  # as tables are read
+def test_a_severity_is_its_number_whatever_its_type(severity, photos):
+    expected = common.perturb(photos[:2], "rotation", 3)
+    assert torch.equal(common.perturb(photos[:2], "rotation", severity), expected)
+
+
+def test_float_images_are_not_taken_for_the_8_bits_of_a_test_set(photos):
+    with pytest.raises(ValueError, match="perturb takes uint8 images, found torch.float32"):
+        common.perturb(photos[:2] / 255, "rotation", 3)
 
 
 def whole_numbers():
