@@ -16,7 +16,7 @@ from typing import NamedTuple
 import checkpoints
 import datasets
 import network
-from arguments import UsageError, check_data_arguments, first_line
+from arguments import DATASETS, UsageError, check_data_arguments, first_line
 from attacks import UnitLogits, fgsm, fgsm_direction, pgd
 from datasets import Data
 from network import EMBEDDING_DIM, ClassMeans, Model, empty_model, layout
@@ -194,14 +194,17 @@ def too_small(data, fraction):
 def load_data(dataset, data_dir, device, quick=False):
     """Loads a data set whole onto the device, anew at every call: the disk may have changed.
 
-    Raises RunError with the ways out if it is not available.
+    Raises RunError with the ways out if it is not available, UsageError for another name.
     """
     if dataset == "cifar10":
         arrays = datasets.cifar10(data_dir)
     elif dataset == "folder":
         arrays = datasets.folder(data_dir)
-    else:
+    elif dataset == "digits":
         arrays = datasets.digits()
+    else:
+        raise UsageError(f"no data set is called {dataset!r}; expected one of "
+                         f"{', '.join(DATASETS)}")
     name = arrays.name
     train = np.arange(len(arrays.train_labels))
     test = np.arange(len(arrays.test_labels))

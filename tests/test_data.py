@@ -251,6 +251,12 @@ def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsy
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["CIFAR10", "cifar-10", "data/cifar10", ""])
+def test_a_name_of_no_data_set_is_not_answered_with_the_digits(name):
+    with pytest.raises(UsageError, match=f"no data set is called '{name}'; expected one of cifar"):
+        common.load_data(name, "x", CPU)
+
+
 def test_digits_are_sklearns_at_twice_the_size():
     data = common.load_data("digits", "x", CPU)
     assert data.train_images.shape[1:] == data.test_images.shape[1:] == (3, 16, 16)
