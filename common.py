@@ -575,4 +575,8 @@ def umap_coordinates(features, seed, neighbours=15):
         knn = torch.cat(indices).numpy(), torch.cat(distances).numpy(), None
         reducer = umap.UMAP(n_neighbors=neighbours, random_state=seed, precomputed_knn=knn,
                             n_epochs=200, force_approximation_algorithm=True)
-        return reducer.fit_transform(features.cpu().numpy())
+        threads = torch.get_num_threads()
+        try:
+            return reducer.fit_transform(features.cpu().numpy())
+        finally:
+            torch.set_num_threads(threads)  # numba sets OpenMP's number, which is torch's, too

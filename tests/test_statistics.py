@@ -271,6 +271,23 @@ def test_umap_on_a_device_without_float64_has_the_exact_neighbours(monkeypatch):
     assert (found[0][1][:, 0] == 0).all()  # else UMAP takes an image for its own neighbour
 
 
+def test_umap_leaves_torch_as_many_threads_as_it_had(monkeypatch):
+    import umap
+
+    class Reducer:
+        def __init__(self, **_):
+            pass
+
+        def fit_transform(self, features):
+            torch.set_num_threads(before + 1)  # as numba does when it starts its own
+            return features[:, :2]
+
+    monkeypatch.setattr(umap, "UMAP", Reducer)
+    before = torch.get_num_threads()
+    common.umap_coordinates(torch.rand(20, 4), seed=0)
+    assert torch.get_num_threads() == before
+
+
 def test_umap_is_the_same_for_the_same_seed_and_keeps_neighbours_together():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat(40)
