@@ -240,6 +240,8 @@ def count_repeated(train_images, test_images):
 
 def to_float(images):
     """uint8 (B,3,H,W) as float32 in [0,1], channels_last, in which convolutions are fastest."""
+    if images.dtype != torch.uint8:  # float images would become all but black
+        raise ValueError(f"to_float takes uint8 images, found {images.dtype}")
     return images.contiguous(memory_format=torch.channels_last).float() / 255
 
 

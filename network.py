@@ -53,6 +53,9 @@ class Model(nn.Module):
 
     def outputs(self, images):
         """The backbone's last layer: logits in parts 1 and 3, the embedding (B,D) in part 4."""
+        if not images.is_floating_point():  # 0 to 255 would give logits, too: of nothing
+            raise ValueError(f"a Model takes float images in [0,1], found {images.dtype}; "
+                             "common.to_float makes them of uint8")
         images = (images - self.mean) / self.std
         if images.device.type == "mps":  # in older versions of torch, BatchNorm's gradients are
             images = images.contiguous()  # wrong there for channels_last (pytorch#175189)

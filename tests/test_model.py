@@ -48,6 +48,16 @@ def test_backbone_loads_into_torchvision(small_model):
         assert torch.allclose(logits, small_model(images), atol=1e-5)
 
 
+def test_images_of_whole_numbers_are_refused(small_model, small_photos):
+    with pytest.raises(ValueError, match="takes float images in .* found torch.uint8"):
+        small_model(small_photos)
+
+
+def test_images_that_are_float_already_are_not_divided_again(small_photos):
+    with pytest.raises(ValueError, match="takes uint8 images, found torch.float32"):
+        common.to_float(common.to_float(small_photos))
+
+
 def test_features_are_what_the_last_layer_sees(small_model, photos):
     amp = common.Amp("off", CPU)
     logits, features, _ = common.predict(small_model, photos, amp, batch_size=16)
@@ -133,7 +143,7 @@ def test_an_apple_gpu_gets_contiguous_images(small_model, images, contiguous):
     seen = []
     hook = small_model.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with hook, torch.no_grad():
-        small_model(common.to_float(torch.ones(2, 3, 16, 16)).as_subclass(images))
+        small_model(common.to_float(torch.ones(2, 3, 16, 16).byte()).as_subclass(images))
     assert seen[0].device.type == ("mps" if contiguous else "cpu")
     assert seen[0].is_contiguous() == contiguous
 
