@@ -58,6 +58,13 @@ def test_images_that_are_float_already_are_not_divided_again(small_photos):
         common.to_float(common.to_float(small_photos))
 
 
+def test_a_checkpoint_on_a_device_that_is_not_there_is_not_called_damaged(tmp_path):
+    model = common.Model(10)
+    common.save_checkpoint(tmp_path / "a.pt", model, meta_of(model))
+    with pytest.raises((AssertionError, RuntimeError)):  # torch's own words
+        common.load_checkpoint(tmp_path / "a.pt", "cuda:99")
+
+
 def test_features_are_what_the_last_layer_sees(small_model, photos):
     amp = common.Amp("off", CPU)
     logits, features, _ = common.predict(small_model, photos, amp, batch_size=16)
