@@ -43,6 +43,9 @@ class MarginLoss:
     """
 
     def __init__(self, kind, head, margin, scale, label_smoothing=arguments.LABEL_SMOOTHING):
+        if kind not in MARGINS:
+            raise ValueError(f"no margin loss is called {kind!r}; expected one of "
+                             f"{', '.join(MARGINS)}")
         self.kind = kind
         self.scale = scale
         self.label_smoothing = label_smoothing

@@ -169,6 +169,11 @@ def test_proxies_of_many_classes_cost_no_more_than_their_pairs(classes):
     assert classes**2 < largest.elements <= (64 + classes) ** 2
 
 
+def test_a_margin_loss_of_another_name_is_not_taken_for_the_last_one():
+    with pytest.raises(ValueError, match="no margin loss is called 'ArcFace'"):
+        MarginLoss("ArcFace", common.ClassMeans(2, 16), 0.5, scale=10.0)
+
+
 @pytest.mark.parametrize("theta", [0, 0.7, 3.0, math.pi])
 @pytest.mark.parametrize(("kind", "margin"), [
     ("arcface", None), ("arcface", 0.5), ("arcface", 0.0), ("cosface", None), ("cosface", 0.35),
