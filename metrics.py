@@ -129,8 +129,10 @@ def knn_predict(train_features, train_labels, features, k, not_itself=False):
     """Labels (N,) by majority of the k training features (M,D) of highest cosine to features (N,D).
 
     Ties go to the nearer neighbours.  not_itself: leaves out training feature i for feature i,
-    where the two stand for the same image.
+    where the two stand for the same image.  Raises ValueError for a k below 1.
     """
+    if k < 1:  # as `neighbours_for` may say; without a vote all would be class 0
+        raise ValueError(f"k-NN needs at least one neighbour, found k = {k}")
     train_features = F.normalize(train_features, dim=1)
     features = F.normalize(features, dim=1)
     classes = int(train_labels.max()) + 1

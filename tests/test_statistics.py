@@ -127,6 +127,13 @@ def test_knn_can_leave_out_the_image_itself():
     assert metrics.knn_predict(apart, labels[:2], apart, k=1, not_itself=True).tolist() == [1, 0]
 
 
+def test_without_a_neighbour_there_is_no_vote():
+    points, labels = torch.eye(3), torch.tensor([0, 1, 1])
+    k = metrics.neighbours_for(labels, not_itself=True)
+    with pytest.raises(ValueError, match="at least one neighbour, found k = 0"):
+        metrics.knn_predict(points, labels, points, k, not_itself=True)
+
+
 def test_knn_ties_go_to_the_nearer_neighbours():
     near, far = [1.0, 0.1], [1.0, 0.9]
     image = torch.tensor([[1.0, 0.0]])
