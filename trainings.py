@@ -66,7 +66,7 @@ def compare_trainings(folders):
     lines = over_trainings(overviews, counts)
     tests = method_tests(lines, counts)
     rows = training_rows(studies[0].dataset, lines, counts, tests)
-    parent = Path(os.path.abspath(folders[0])).parent  # beside a link, not beside its target
+    parent = Path(os.path.abspath(studies[0].folder)).parent  # beside a link, not beside its target
     cells = [[spread(line.values[name], n) for name, n in counts.items()] for line in lines]
     write(parent, rows, training_text(studies, tables, lines, cells, counts, tests))
     body = [(pages.plain(line.title), *texts) for line, texts in zip(lines, cells, strict=True)]

@@ -1244,7 +1244,7 @@ def test_trainings_are_written_beside_links_to_them(tmp_path):
         folder = training(study, seed, {CLEAN: 0.5})
         links.append(tmp_path / f"link{seed}")
         links[-1].symlink_to(folder, target_is_directory=True)
-    trainings.compare_trainings(links)
+    trainings.compare_trainings(iter(links))  # as Path.glob gives them
     assert (tmp_path / "trainings.md").exists()
     assert not (study / "trainings.md").exists()
 
