@@ -7,6 +7,8 @@ import re
 import shutil
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import common
 import datasets
@@ -15,6 +17,7 @@ from arguments import RunError, UsageError
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -354,12 +357,23 @@ def test_cifar10_is_downloaded_then_found(tmp_path, cifar_server):
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_an_archive_of_the_users_is_unpacked_and_stays(tmp_path, cifar_server):
+def test_an_archive_of_the_users_is_unpacked_once_and_stays(tmp_path, cifar_server, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     shutil.copy(cifar_server[0], folder)
     cifar_server[2].shutdown()  # nothing is downloaded
-    assert len(load_cifar(folder).train_images) == 50
+    unpacked = []
+
+    def extract(*args):
+        unpacked.append(args)
+        time.sleep(0.1)  # the other run comes
+        honest(*args)
+
+    honest = torchvision.datasets.utils.extract_archive
+    monkeypatch.setattr(torchvision.datasets.utils, "extract_archive", extract)
+    with ThreadPoolExecutor(2) as pool:
+        assert [len(data.train_images) for data in pool.map(load_cifar, [folder] * 2)] == [50, 50]
+    assert len(unpacked) == 1
     kept = folder / cifar_server[0].name
     assert kept.read_bytes() == cifar_server[0].read_bytes()
 
@@ -385,14 +399,14 @@ def test_a_download_that_fails_leaves_nothing_that_is_taken_for_the_data(tmp_pat
 
     archive, handler, _ = cifar_server
     good = archive.read_bytes()
-    folder = tmp_path / "data"
+    folder = tmp_path / "new" / "data"
     with monkeypatch.context() as broken:
         broken.setattr(handler, "cut", fault == "cut")
         if fault == "html":
             archive.write_bytes(b"<html>Please log in</html>")
         if fault == "refused":
             broken.setattr(CIFAR10, "url", "http://127.0.0.1:1/x.tar.gz")
-        with pytest.raises(RunError, match="--dataset folder.*--dataset digits"):
+        with pytest.raises(RunError, match="out: put cifar.*--dataset folder.*--dataset digits"):
             load_cifar(folder)
     assert not list(folder.iterdir())  # nor half an archive, hidden
     archive.write_bytes(good)
@@ -452,30 +466,45 @@ def test_what_is_no_npy_file_of_cifar10c_is_named_or_hidden(tmp_path):
         with pytest.raises(UsageError, match=found):
             datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
         (folder / name).unlink()
+    pixels = np.load(folder / "fog.npy")
+    np.save(folder / "fog.npy", pixels / 255)  # would be all but black
+    with pytest.raises(UsageError, match="fog.npy: float64"):
+        datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
+    (folder / "fog.npy").unlink()
+    with pytest.raises(UsageError, match="no corruption is beside it"):
+        datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
     np.save(folder / "labels.npy", np.array(5))
     with pytest.raises(UsageError, match=r"labels.npy: int64 \(\)"):
         datasets.cifar10c(folder, datasets.CIFAR10_CLASSES)
 
 
 def test_severities_of_cifar10c_stand_one_after_another(tmp_path):
-    labels = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+    labels = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3], np.uint8)
     folder = write_cifar10c(tmp_path / "c", labels)
     pixels = np.load(folder / "fog.npy")
-    found = list(datasets.cifar10c(folder, datasets.CIFAR10_CLASSES))
+    np.save(folder / "dust.npy", 255 - pixels)
+    both = list(datasets.cifar10c(folder, datasets.CIFAR10_CLASSES))
+    dust, found = both[:5], both[5:]
+    assert [one.name for one in both] == 5 * ["cifar10c dust"] + 5 * ["cifar10c fog"]
+    assert np.array_equal(dust[4].images, 255 - found[4].images)
     assert [one.severity for one in found] == ["1", "2", "3", "4", "5"]
     for i in range(5):
+        assert found[i].labels.dtype == np.int64
         assert found[i].labels.tolist() == labels[2 * i : 2 * i + 2].tolist()
         for channel in range(3):
             expected = pixels[2 * i : 2 * i + 2, :, :, channel]
             assert np.array_equal(found[i].images[:, channel], expected)
 
 
-def test_only_cifar_10_is_called_its_jpeg_copy(tmp_path):
-    for classes, name in ((datasets.CIFAR10_CLASSES, datasets.JPEG_COPY),
-                          (("apple", "pear"), "folder cifar10-jpg")):
-        top = tmp_path / str(len(classes)) / "cifar10-jpg"
+def test_only_cifar_10_is_called_its_jpeg_copy(tmp_path, monkeypatch):
+    for classes, of, name in ((datasets.CIFAR10_CLASSES, "cifar10-jpg", datasets.JPEG_COPY),
+                              (datasets.CIFAR10_CLASSES, "cifar10-png", "folder cifar10-png"),
+                              (("apple", "pear"), "cifar10-jpg", "folder cifar10-jpg")):
+        top = tmp_path / str(len(classes)) / of
         for half in ("train", "test"):
             for label in classes:
                 (top / half / label).mkdir(parents=True)
                 Image.new("RGB", (32, 32)).save(top / half / label / "0.png")
         assert datasets.folder(top).name == name
+        monkeypatch.chdir(top)
+        assert datasets.folder(".").name == name
