@@ -137,6 +137,7 @@ def test_proxies_join_the_batch_and_class_means_classify(batch):
     head = common.ClassMeans(4, 6)
     criterion = ProxyAngularLoss(head, 45)
     proxies = criterion.proxies.detach().clone()
+    assert 0.3 < proxies.std() < 2  # the shorter they are, the faster they turn
     value = criterion(embeddings.bfloat16(), labels)
     value.backward()
     rows = [embeddings.bfloat16().double()] + 16 * [proxies.double()]
@@ -194,6 +195,9 @@ def test_margins_by_hand(kind, margin, theta):
     tolerance = 1e-5 if 0 < theta < math.pi else 1e-3  # the cosines are clamped to 1 - 1e-6
     assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
     assert torch.isfinite(torch.autograd.grad(value, embedding)[0]).all()
+    criterion.label_smoothing = 0.4
+    value = criterion(embedding, torch.tensor([0]))
+    assert value.item() == pytest.approx(expected + 0.15 * gap, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["arcface", "cosface", "sphereface"])
@@ -264,6 +268,9 @@ def test_an_attack_before_the_class_means_are_set_is_refused(small_photos, tiny_
     for attack in (common.fgsm, common.pgd):
         with pytest.raises(ValueError, match="until fit_head sets them"):
             attack(model, images, torch.arange(8) % 4, 8 / 255)
+    model.head.means.data.fill_(math.inf)
+    with pytest.raises(ValueError, match="head.means has values that are not finite"):
+        common.pgd(model, images, torch.arange(8) % 4, 8 / 255)
 
 
 def test_a_margin_loss_trains_the_proxies_that_its_head_classifies_by(small_photos, tiny_backbone):
@@ -274,6 +281,7 @@ def test_a_margin_loss_trains_the_proxies_that_its_head_classifies_by(small_phot
     average = common.WeightAverage(model, power=3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = model.head.means.detach().clone()
+    assert 0.7 < before.std() < 1.3  # the shorter they are, the faster they turn
     for _ in range(2):
         optimizer.zero_grad()
         criterion(model.outputs(common.to_float(small_photos)), labels).backward()

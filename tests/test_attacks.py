@@ -135,11 +135,14 @@ def test_pgd_takes_ten_steps(small_model, batch):
 @pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
 @pytest.mark.parametrize("change", [
     lambda images: (images * 255).byte(), lambda images: images * 255,
-    lambda images: (images - 0.5) / 0.25, lambda images: images * np.nan])
+    lambda images: (images - 0.5) / 0.25, lambda images: images * np.nan,
+    lambda images: images.clone().index_fill_(0, torch.tensor(3), 1.01),
+    lambda images: images.clone().index_fill_(0, torch.tensor(3), -0.01)])
 def test_images_outside_0_to_1_are_refused_not_clipped(small_model, batch, attack, change):
     images, labels = batch
     with pytest.raises(ValueError, match=r"takes images in \[0,1\], found"):
         attack(small_model, change(images), labels, 8 / 255)
+    assert all(parameter.requires_grad for parameter in small_model.parameters())  # as before
 
 
 @pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
@@ -155,12 +158,13 @@ def test_an_attack_needs_no_gradients_from_its_caller(small_model, batch, attack
 @pytest.mark.parametrize("norm", [np.inf, 2])
 def test_adversarial_images_are_float32_and_detached(small_model, batch, attack, norm):
     images, labels = batch
-    rounded = images / images.max() * 1.000001  # a last bit too much is clipped
+    rounded = images.clone()  # a last bit too much is clipped
+    rounded[0, :, 0, :2] = torch.tensor([-0.0004, 1.0004])
     for given in (images.clone().requires_grad_(), images.double(), rounded):
         found = attack(small_model, given, labels, 8 / 255, norm)
         assert found.dtype == torch.float32
-        assert found.max() <= 1
         assert not found.requires_grad
+        assert 0 <= found.min() <= found.max() <= 1
 
 
 def test_unit_logits_have_a_deviation_of_one_in_every_image():
