@@ -87,7 +87,45 @@ def test_an_epochs_loss_is_the_mean_of_its_steps_and_its_accuracy_of_its_images(
                    "eval_n": 10, "lr": 0.1}
 
 
-@pytest.mark.parametrize("loss", [3.0, math.nan])
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of one number, the seconds that have passed."""
+    seconds = [0.0]
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+def test_the_time_of_a_run_is_estimated_without_its_first_two_steps(clock, capsys):
+    weight = torch.ones((), requires_grad=True)
+    for epoch, said in ((0, "about 20 min for 600 steps"), (1, "")):
+        meter = terminal.EpochMeter(epoch, 2, range(300), 300)
+        for batch in meter:
+            clock[0] += 2 if epoch or batch > 1 else 102
+            meter.add(weight * 3, torch.zeros(16, dtype=torch.long))
+        assert capsys.readouterr().out.strip() == said
+        assert not meter.loss.requires_grad  # else every step's graph stays in memory
+        clock[0] += 1000  # the evaluation
+        row = meter.finish(0.5, 10, types.SimpleNamespace(get_last_lr=lambda: [0.1]))
+        assert math.isnan(row["train_accuracy"])
+        line = capsys.readouterr().out
+        assert line.split() == ["epoch", str(epoch + 1), "loss", "3.000", "evaluation", "0.500",
+                                "of", "10", "8" if epoch else "6", "images/s"]
+
+
+def test_the_time_of_part_2_is_estimated_from_its_first_condition(clock, capsys):
+    for estimate in (True, False):
+        for _ in terminal.timed(range(5), estimate):
+            clock[0] += 30
+        said = "about 2 min for the other 4 conditions, then the attacks\n"
+        assert capsys.readouterr().out == (said if estimate else "")
+    stages = terminal.Clock()
+    for stage, seconds in (("training", 70), ("tests", 5)):
+        clock[0] += seconds
+        stages.stop(stage)
+    assert stages.stages == [("training", "70"), ("tests", "5")]
+
+
+@pytest.mark.parametrize("loss", [3.0, math.nan, math.inf])
 def test_an_epoch_that_a_student_breaks_off_is_counted_and_checked(loss):
     meter = terminal.EpochMeter(0, 1, [None] * 9, 9)
     for _ in meter:
@@ -95,8 +133,8 @@ def test_an_epoch_that_a_student_breaks_off_is_counted_and_checked(loss):
         if meter.steps == 2:
             break
     scheduler = types.SimpleNamespace(get_last_lr=lambda: [0.1])
-    if math.isnan(loss):
-        with pytest.raises(RunError, match="the loss became nan in epoch 1"):
+    if not math.isfinite(loss):
+        with pytest.raises(RunError, match=f"the loss became {loss} in epoch 1"):
             meter.finish(0.5, 10, scheduler)
     else:
         assert meter.finish(0.5, 10, scheduler)["loss"] == 3
@@ -216,9 +254,11 @@ def test_printed_accuracies_have_their_interval_and_n(capsys):
     predicted = torch.arange(1000) >= 700
     run = run_of(None, {})
     row = report.accuracy_row(run, "test", "rotation", 3, "own", predicted, torch.zeros(1000))
-    terminal.print_accuracies("title", [row])
-    line = " ".join(capsys.readouterr().out.splitlines()[-1].split())
-    assert line == "rotation 3 test own 70.0 67.1 - 72.8 1000"  # Wilson's interval
+    terminal.print_accuracies("title", [row, row | {"metric": "accuracy of ant"}])
+    _, _, header, line = capsys.readouterr().out.splitlines()
+    assert len(line) == len(header)  # aligned
+    expected = ["rotation", "3", "test", "own", "70.0", "67.1", "-", "72.8", "1000"]
+    assert line.split() == expected  # Wilson's interval
 
 
 @pytest.mark.parametrize(("seconds", "said"), [
