@@ -15,7 +15,7 @@ from arguments import UsageError
 
 import pytest
 import torch
-from conftest import meta_of
+from conftest import META, meta_of
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -36,6 +36,17 @@ def test_checkpoint_round_trip(tmp_path, small_model, photos):
     assert not model.training
     with torch.no_grad():
         assert torch.allclose(model(photos / 255), small_model(photos / 255), atol=1e-5)
+
+
+@pytest.mark.parametrize("odd", [
+    {"epoch": True}, {"part": "part5"}, {"head": "probe"}, {"classes": ["ant"]},
+    {"classes": ["ant", 2]}, {"metrics": {"accuracy": 1}}, {"args": META["args"] | {"quick": 1}},
+    {"args": META["args"] | {"train_fraction": "0.2"}}])
+def test_a_checkpoint_that_says_what_no_training_does_is_refused(odd):
+    meta = META | {"weights": "0" * 12}
+    common.check_meta(meta)
+    with pytest.raises((TypeError, ValueError)):
+        common.check_meta(meta | odd)
 
 
 def test_backbone_loads_into_torchvision(small_model):
