@@ -41,10 +41,11 @@ def test_contract(name, dtype, photos):
     with torch.autocast("cpu", torch.bfloat16):  # as around a user's augmentation
         assert torch.equal(result, apply(name, images))
     assert apply(name, images[:0]).shape == (0, 3, 32, 32)
-    with pytest.raises(ValueError, match="severity 6"):
-        apply(name, images, 6)
+    for odd in (0, 2.5, 6):  # 0 would be the strongest
+        with pytest.raises(ValueError, match=f"{name}: severity {odd} is not one of"):
+            apply(name, images, odd)
     height_last = images.permute(0, 2, 3, 1)
-    for wrong in ((images * 255).byte(), images[0], height_last):  # some would give other images
+    for wrong in ((images * 255).byte(), images[0], images[..., 0], height_last):  # some would pass
         with pytest.raises(ValueError, match=f"{name} takes float images"):
             apply(name, wrong)
 
@@ -93,6 +94,8 @@ def test_there_are_four_families():
         "color": "brightness contrast saturation color_jitter grayscale posterize",
         "geometry": "horizontal_flip vertical_flip rotation translation scale cutout"}
     assert FAMILY.keys() == PERTURBATIONS.keys()
+    assert sorted(NO_SEVERITY) == ["grayscale", "horizontal_flip", "vertical_flip"]
+    assert all(getattr(perturbations, name) is checked for name, checked in PERTURBATIONS.items())
     assert set(common.SEEN_FAMILIES) | set(common.HELD_OUT_FAMILIES) == set(FAMILY.values())
     assert not set(common.SEEN_FAMILIES) & set(common.HELD_OUT_FAMILIES)
 
