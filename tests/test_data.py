@@ -249,6 +249,9 @@ def test_test_images_that_are_trained_on_are_counted_and_said(monkeypatch, capsy
     monkeypatch.setattr(datasets, "digits", lambda: arrays)
     assert common.load_data("digits", "x", CPU).repeated == 4
     assert "warning: 4 of 6 test images are also in the training set" in capsys.readouterr().out
+    monkeypatch.setattr(common, "QUICK_PER_CLASS", 1)
+    assert common.load_data("digits", "x", CPU, quick=True).repeated == 2  # the first of each class
+    assert "warning: 2 of 2 test images" in capsys.readouterr().out
     monkeypatch.setattr(datasets, "digits", lambda: arrays._replace(test_images=test ^ 3))
     assert common.load_data("digits", "x", CPU).repeated == 0
     assert "warning" not in capsys.readouterr().out
@@ -277,6 +280,12 @@ def test_digits_are_sklearns_at_twice_the_size():
         of_class = np.flatnonzero(bundled.target == c)
         assert tested[data.test_labels == c].tolist() == of_class[::5].tolist()
     assert (images[..., ::2] != images[..., 1::2]).any()  # interpolated
+    quick = common.load_data("digits", "x", CPU, quick=True)
+    for half in ("train", "test"):
+        labels, images = getattr(quick, f"{half}_labels"), getattr(quick, f"{half}_images")
+        assert labels.bincount().tolist() == [10] * 10
+        zeros = getattr(data, f"{half}_images")[getattr(data, f"{half}_labels") == 0]
+        assert torch.equal(images[labels == 0], zeros[:10])
 
 
 @pytest.fixture
