@@ -112,7 +112,7 @@ def page(text, folder):
     import markdown
 
     def figure(found):
-        path = folder / html.unescape(found[2])
+        path = folder / found[2]
         if not path.is_file():
             return ""
         data = base64.b64encode(path.read_bytes()).decode()

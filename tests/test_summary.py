@@ -811,8 +811,9 @@ def test_surrogates_of_a_record_do_not_cost_the_summary(tmp_path):
 
 def test_the_page_needs_no_other_file_and_leaves_out_missing_figures(tmp_path):
     (tmp_path / "there.png").write_bytes(b"\x89PNG")
+    (tmp_path / "folder.png").mkdir()
     text = ("# A & B\n\n| a |\n| --- |\n| n = 1, p < 0.1 |\n\n## C & D\n\n![there](there.png)\n\n"
-            "![gone](gone.png)\n")
+            "![gone](gone.png)\n\n![gone](folder.png)\n")
     pages.write(tmp_path / "page.html", text)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.findall('src="([^"]*)"', page) == ["data:image/png;base64,iVBORw=="]
