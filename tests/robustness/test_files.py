@@ -56,8 +56,8 @@ def fail_at(monkeypatch, owner, name, when=lambda *args: True, error=errno.ENOSP
 @pytest.mark.parametrize("failure", ["written", "flushed", "named"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure):
     path = tmp_path / "a.csv"
-    storage.write_rows(path, [{"x": 1.5}])
-    assert path.read_text() == "x\n1.5\n"
+    storage.write_rows(path, [{"x": 1.23456789}])
+    assert path.read_bytes() == b"x\n1.23457\n"
     rows = [{"x": 2}, {"x": 3}]
     if failure == "written":
         fail_at(monkeypatch, storage.csv.DictWriter, "writerow", lambda writer, row: row["x"] == 3)
@@ -67,7 +67,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         fail_at(monkeypatch, checkpoints.Path, "replace")
     with pytest.raises(RunError, match=r"a.csv: No space left on device; what was there before"):
         storage.write_rows(path, rows)
-    assert path.read_text() == "x\n1.5\n"
+    assert path.read_bytes() == b"x\n1.23457\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
@@ -409,7 +409,9 @@ def resaved(text, how):
     changed = {"an accuracy of 200": {7: "200", 9: "210"}, "no images": {10: "0"},
                "a value above its interval": {7: "0.999"}, "a severity of 03": {4: "03"},
                "a value below its interval": {8: "1.5"}, "a lost zero of a hash": {14: 11 * "1"},
-               "a cell too many": {14: 12 * "1" + ",x"}}
+               "a cell too many": {14: 12 * "1" + ",x"}, "an unknown part": {0: "part9"},
+               "a hash of other letters": {12: 12 * "g"},
+               "a class's accuracy of 200": {6: "accuracy of ant", 7: "200"}}
     if how in changed:
         words = next(line for line in lines if ",accuracy," in line).split(",")
         for place, word in changed[how].items():
@@ -423,7 +425,8 @@ def resaved(text, how):
     "cut in the middle", "cut after its header", "Excel-mangled hash", "decimal commas",
     "text for a number", "an accuracy of 200", "a value above its interval",
     "a value below its interval", "no images", "a severity of 03", "a lost zero of a hash",
-    "a cell too many", "empty", "binary", "a page"])
+    "a cell too many", "an unknown part", "a hash of other letters",
+    "a class's accuracy of 200", "empty", "binary", "a page"])
 @pytest.mark.parametrize("name", ["part2.csv", "part3.csv"])
 def test_a_table_saved_by_another_program_is_one_sentence_before_any_training(
         tree, mine, monkeypatch, name, how):
