@@ -153,7 +153,7 @@ def take_from_checkpoint(args, meta):
         args.amp = meta["amp"]  # what it was trained with, not what is fastest here and now
     if args.quick:
         args.attack_images = min(50, args.attack_images)
-        args.audit_images = min(10, args.audit_images)
+        args.audit_images = 10  # the fewest that it takes
 
 
 def check_data_arguments(values):

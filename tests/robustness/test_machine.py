@@ -353,6 +353,8 @@ def test_only_the_parts_are_said_to_resume(monkeypatch):
     for name, ending in (("part1_baseline.py", " --resume"), ("summary.py", "")):
         monkeypatch.setattr(sys, "argv", [f"a/{name}", "x"])
         assert arguments.resuming_command() == f"python a/{name} x{ending}"
+    monkeypatch.setattr(sys, "argv", ["part1_baseline.py", "--resume", "x"])
+    assert arguments.resuming_command() == "python part1_baseline.py --resume x"
 
 
 def test_ctrl_c_to_a_process_at_work(tree, tmp_path):

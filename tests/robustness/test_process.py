@@ -19,6 +19,7 @@ import report
 import storage
 
 import pytest
+from conftest import META
 
 from .conftest import PARTS, ROOT, on_tree, read, script, write_tree
 
@@ -162,6 +163,17 @@ def test_what_parts_3_and_4_hand_on_to_part_2_arrives():
         found = part2_robustness.parse_args(arguments.passed_on(args))
         for name in ("results_dir", "device", "umap_points", "no_umap", "resume", "compile"):
             assert getattr(found, name) == getattr(args, name)
+
+
+def test_quick_is_at_most_two_epochs_and_fifty_attacked_images():
+    for asked, found in ((1, 1), (9, 2)):
+        args = part1_baseline.parse_args(["--epochs", str(asked), "--quick"])
+        assert args.epochs == found
+    quick = META | {"args": META["args"] | {"quick": True}}
+    for asked, found in ((20, 20), (2000, 50)):
+        args = part2_robustness.parse_args(["--attack-images", str(asked)])
+        arguments.take_from_checkpoint(args, quick)
+        assert (args.attack_images, args.audit_images) == (found, 10)
 
 
 def test_home_is_meant_by_a_tilde_that_the_shell_leaves(tmp_path, monkeypatch):
