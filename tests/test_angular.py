@@ -211,6 +211,8 @@ def test_finite_differences_of_the_margins(batch, kind):
 @pytest.mark.parametrize(("flags", "made"), [
     (["--alpha-deg", "50"], lambda head: lambda x, y: angular_loss(x, y, 50)),
     (["--proxies", "--alpha-deg", "50"], lambda head: ProxyAngularLoss(head, 50)),
+    (["--loss", "sphereface", "--margin", "1"],
+     lambda head: MarginLoss("sphereface", head, 1.0, 16.0)),
     (["--loss", "cosface", "--margin", "0.3", "--scale", "5", "--label-smoothing", "0"],
      lambda head: MarginLoss("cosface", head, 0.3, 5.0, 0.0))])
 def test_the_loss_is_made_as_the_arguments_say(batch, flags, made):

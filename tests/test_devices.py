@@ -151,7 +151,7 @@ def test_part_2_computes_as_the_checkpoint_was_trained(monkeypatch):
         arguments.take_from_checkpoint(args, meta)
         assert common.Amp(args.amp, torch.device("cpu")).name == trained
     args = part2_robustness.parse_args(["--amp", "off"])
-    arguments.take_from_checkpoint(args, META | {"amp": "bf16"})
+    arguments.take_from_checkpoint(args, meta | {"args": META["args"] | {"amp": "bf16"}})
     assert args.amp == "off"
 
 

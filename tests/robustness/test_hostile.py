@@ -7,8 +7,10 @@ import zipfile
 
 import checkpoints
 import common
+import storage
 from arguments import UsageError
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -238,7 +240,7 @@ def test_mutated_checkpoints_load_or_are_refused(place, seed):
         path.unlink()
 
 
-def test_a_checkpoint_that_carries_code_does_not_run_it(place):
+def test_a_file_that_carries_code_does_not_run_it(place):
     class Bomb:
         def __reduce__(self):
             return (exec, (f"open({str(place / 'exploded')!r}, 'w')",))
@@ -252,6 +254,10 @@ def test_a_checkpoint_that_carries_code_does_not_run_it(place):
                                                place / "new"])
     assert code == 2
     assert "bomb.pt: not a checkpoint of this project" in error
+    np.savez(place / "bomb_correct.npz", weights="0" * 12, part1="none",
+             **{"test/clean/": np.array([Bomb()])})
+    with pytest.raises(UsageError, match="bomb_correct.npz: not what a part wrote"):
+        storage.read_correct(place, "bomb")
     assert not (place / "exploded").exists()
     assert not (place / "new").exists()
     (place / "bomb.pt").unlink()
