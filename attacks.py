@@ -40,7 +40,8 @@ def in_batches(images, labels, batch_size):
         raise ValueError(f"an attack takes images in [0,1], found {images.min():g} to "
                          f"{images.max():g}; common.to_float makes them of uint8, and a model "
                          "must normalize them itself")
-    return zip(images.split(batch_size), labels.clone().split(batch_size), strict=True)
+    labels = labels.clone()  # those made in inference_mode cannot be kept for a gradient
+    return zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
 
 def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
