@@ -44,14 +44,24 @@ def in_batches(images, labels, batch_size):
     return zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
 
+def check_size(eps, norm):
+    """Raises ValueError for an eps that is none, or is meant in 1/255, and for other norms."""
+    if norm not in (np.inf, 2):
+        raise ValueError(f"an attack's norm is inf or 2, found {norm!r}")
+    if not eps >= 0 or (norm == np.inf and eps > 1):
+        raise ValueError(f"an attack's eps is a share of the pixel range [0,1], found {eps:g}; "
+                         "8 of 255 gray levels are 8 / 255")
+
+
 def fgsm(model, images, labels, eps, norm=np.inf, targeted=False):
     """Fast gradient method (Goodfellow et al. 2015), by cleverhans, away from the given labels.
 
     images: float32 (B,3,H,W) in [0,1].  labels: int64 (B,), the true ones; with `targeted` the
     target classes.  eps: in pixel units of [0,1].  norm: inf or 2.  Returns float32 (B,3,H,W) in
     [0,1], detached, not rounded to 8 bits; the model's mode and gradients stay as they were.
-    Raises ValueError for images outside [0,1].
+    Raises ValueError for images, an eps or a norm outside these ranges.
     """
+    check_size(eps, norm)
     images = images.detach().float()
     step = fgsm_direction(model, images, labels, norm, targeted)
     return (images + eps * step).clamp(0, 1)
@@ -64,6 +74,7 @@ def fgsm_direction(model, images, labels, norm=np.inf, targeted=False, batch_siz
     """
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
 
+    check_size(1, norm)
     steps = []
     victim = for_norm(model, norm)
     with attack_mode(model):
@@ -82,6 +93,7 @@ def pgd(model, images, labels, eps, norm=np.inf, steps=10, batch_size=128):
     """
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 
+    check_size(eps, norm)
     adversarial = []
     victim = for_norm(model, norm)
     with attack_mode(model):

@@ -65,6 +65,9 @@ def parse_args(argv=None):
         help="how many of these images PGD attacks as well, for the audit")
     arguments.leave_to_checkpoint(parser)
     args = arguments.parse(parser, argv)
+    if args.norm == "inf" and max(args.eps_255) > 255:
+        parser.error(f"--eps-255 {max(args.eps_255):g}: expected 0 to 255, all of the pixel range, "
+                     "unless --norm is 2")
     args.severities = sorted(set(args.severities))
     args.eps_255 = sorted({float(f"{eps:g}") for eps in args.eps_255})  # as tables call them
     return args

@@ -146,6 +146,26 @@ def test_images_outside_0_to_1_are_refused_not_clipped(small_model, batch, attac
 
 
 @pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
+@pytest.mark.parametrize(("eps", "norm"), [(8, np.inf), (1.01, np.inf), (-0.01, np.inf),
+                                           (-1, 2), (np.nan, 2), (np.nan, np.inf)])
+def test_an_eps_that_is_no_share_of_the_pixel_range_is_refused(small_model, batch, attack, eps,
+                                                               norm):
+    with pytest.raises(ValueError, match=r"8 of 255 gray levels are 8 / 255"):
+        attack(small_model, *batch, eps, norm)
+    for largest, of in ((1, np.inf), (55.5, 2)):  # all pixels from black to white
+        assert attack(small_model, *batch, largest, of).isfinite().all()
+
+
+@pytest.mark.parametrize("attack", [common.fgsm, common.fgsm_direction, common.pgd])
+@pytest.mark.parametrize("norm", [1, 0, "inf"])
+def test_other_norms_are_refused(small_model, batch, attack, norm):
+    """In L1 cleverhans moves one pixel; scaled to an L2 norm, that would be neither attack."""
+    eps = {} if attack is common.fgsm_direction else {"eps": 8 / 255}
+    with pytest.raises(ValueError, match="norm is inf or 2, found"):
+        attack(small_model, *batch, norm=norm, **eps)
+
+
+@pytest.mark.parametrize("attack", [common.fgsm, common.pgd])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_attack_needs_no_gradients_from_its_caller(small_model, batch, attack, mode):
     images, labels = batch

@@ -119,7 +119,8 @@ PART2 = [(["--checkpoint", "{top}/zeroed.pt"], "it was written with the weights"
          (["--checkpoint", "{top}"], "not a checkpoint"), (["--severities", "0"], "--severities"),
          (["--severities", "6"], "--severities"), (["--severities"], "--severities"),
          (["--perturbations", "fog"], "gaussian_noise"), (["--eps-255", "-1"], "--eps-255"),
-         (["--eps-255", "nan"], "--eps-255"), (["--norm", "1"], "--norm"),
+         (["--eps-255", "nan"], "--eps-255"), (["--eps-255", "8", "256"], "expected 0 to 255"),
+         (["--norm", "1"], "--norm"),
          (["--attack-images", "9"], "--attack-images"), (["--audit-images", "0"], "--audit-images"),
          (["--cifar10c", "{top}"], "--cifar10c"), (["--split-seed", "1"], "was trained on"),
          (["--train-fraction", "0.3"], "was trained on"), (["--epochs", "3"], "--epochs")]
