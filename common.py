@@ -485,6 +485,10 @@ def predict_splits(model, split, data, amp):
 
 
 def accuracy(logits, labels):
+    """The share of images, logits (N,C), whose class is that of labels, integers (N,)."""
+    if labels.shape != logits.shape[:1]:  # (N,1) would be compared with every image's class
+        raise ValueError(f"logits {tuple(logits.shape)} need one label each, found labels "
+                         f"{tuple(labels.shape)}")
     return (logits.argmax(1) == labels).float().mean().item()
 
 

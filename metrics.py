@@ -37,13 +37,22 @@ def wilson_interval(correct, n, z=1.959964):
     return low, high
 
 
+def check_pairs(ours, theirs):
+    """Raises ValueError for arrays of other shapes than (n,), which would broadcast."""
+    if np.ndim(ours) != 1 or np.shape(ours) != np.shape(theirs):
+        raise ValueError("expected two arrays (n,) of pairs, found the shapes "
+                         f"{tuple(np.shape(ours))} and {tuple(np.shape(theirs))}")
+
+
 def mcnemar(correct_a, correct_b):
     """Two-sided exact p-value of McNemar's test (1947) that two models err equally often.
 
     correct_a, correct_b: booleans (N,) of the same images.  Returns a p-value in [0, 1].
+    Raises ValueError for different shapes.
     """
     from scipy.stats import binomtest
 
+    check_pairs(correct_a, correct_b)
     only_a = int((correct_a & ~correct_b).sum())
     only_b = int((correct_b & ~correct_a).sum())
     if only_a + only_b == 0:
@@ -77,10 +86,11 @@ def paired_difference(ours, theirs):
 
     ours, theirs: (n,) numbers, entry i of both from the same split and seed, or image.  With one
     pair, or if all differences are the same but for a table's rounding, the spread is unknown:
-    unbounded interval, p of 1.
+    unbounded interval, p of 1.  Raises ValueError for different shapes.
     """
     from scipy.stats import t
 
+    check_pairs(ours, theirs)
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     n = len(differences)
     mean = float(differences.mean())

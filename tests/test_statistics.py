@@ -41,6 +41,23 @@ def test_mcnemar_by_hand():
     assert metrics.mcnemar(a, a) == 1
 
 
+@pytest.mark.parametrize("test", [metrics.mcnemar, metrics.paired_difference])
+@pytest.mark.parametrize(("ours", "theirs"), [((9,), (1,)), ((9,), (9, 1)), ((1, 9), (1, 9)),
+                                              ((9,), ()), ((9,), (8,))])
+def test_arrays_that_are_no_pairs_are_refused(test, ours, theirs):
+    """NumPy would compare every entry with every other."""
+    with pytest.raises(ValueError, match="of pairs, found the shapes"):
+        test(np.ones(ours, dtype=bool), np.zeros(theirs, dtype=bool))
+
+
+def test_accuracy_needs_one_label_for_each_image():
+    logits = torch.eye(3)
+    assert common.accuracy(logits, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
+    for shape in ((3, 1), (1,), (), (2,)):
+        with pytest.raises(ValueError, match="one label each"):
+            common.accuracy(logits, torch.zeros(shape, dtype=torch.int64))
+
+
 def test_holm_by_hand():
     assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert metrics.holm([0.9, 0.8]) == pytest.approx([1, 1])
