@@ -19,7 +19,6 @@ class EpochMeter:
 
     def __init__(self, epoch, epochs, batches, steps):
         self.epoch = epoch
-        self.left = (epochs - epoch) * steps
         title = f"epoch {epoch + 1:3d}/{epochs}"
         self.bar = progress(batches, title, total=epochs * steps, initial=epoch * steps)
         self.loss = 0.0
@@ -30,7 +29,7 @@ class EpochMeter:
 
     def __iter__(self):
         self.start = time.perf_counter()
-        long = self.epoch == 0 and self.left > 20 * TIMED_STEPS
+        long = self.epoch == 0 and self.bar.total > 20 * TIMED_STEPS
         for batch in self.bar:
             yield batch
             if long and self.steps == FIRST_STEPS:
@@ -38,8 +37,8 @@ class EpochMeter:
                 timed = time.perf_counter()
             if long and self.steps == FIRST_STEPS + TIMED_STEPS:
                 float(self.loss)
-                seconds = (time.perf_counter() - timed) / TIMED_STEPS * self.left
-                print(f"about {duration(seconds)} for {self.left:,} steps", flush=True)
+                seconds = (time.perf_counter() - timed) / TIMED_STEPS * self.bar.total
+                print(f"about {duration(seconds)} for {self.bar.total:,} steps", flush=True)
             if not self.bar.disable and self.steps % 10 == 1:  # waits only where a person watches
                 self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
 
