@@ -203,9 +203,9 @@ def test_what_to_expect_under_try():
     def calibration(folder):
         return percent(value(folder, "part1.csv", metric="calibration_error"))
 
-    def mean_over_perturbations(folder):
+    def mean_over_perturbations(folder, part="part3"):
         of_each = {}
-        for row in storage.read_table(REFERENCE / folder / "part3_robustness.csv"):
+        for row in storage.read_table(REFERENCE / folder / f"{part}_robustness.csv"):
             if row["condition"] in common.PERTURBATIONS and row["metric"] == "accuracy":
                 of_each.setdefault(row["condition"], []).append(row["value"])
         return percent(np.mean([np.mean(levels) for levels in of_each.values()]))
@@ -225,8 +225,13 @@ def test_what_to_expect_under_try():
             f"L2 attacks, {', '.join(attacked)}.",
             f"`--epochs 30`: {clean('epochs30', 'part3.csv')}, mPC "
             f"{mean_over_perturbations('epochs30')}; not {clean('seed1', 'part3.csv')}, "
-            f"{mean_over_perturbations('seed1')} (split 1)."):
+            f"{mean_over_perturbations('seed1')} (split 1).",
+            f"a learned proxy per class: {clean('seed1', 'part4_proxies.csv')}, mPC "
+            f"{mean_over_perturbations('seed1', 'part4_proxies')}, as without (split 1)."):
         assert_said(README, said)
+    assert clean("seed1", "part4_proxies.csv") == clean("seed1", "part4.csv")
+    assert (mean_over_perturbations("seed1", "part4_proxies")
+            == mean_over_perturbations("seed1", "part4"))
     left = [value("try/logits-times-1000", "part2.csv", "fgsm", str(eps)) for eps in (2, 8, 16)]
     assert_said(README, f"by 1000: {100 * np.mean(left):.0f} % under FGSM at every eps")
     assert max(left) - min(left) < 0.005
