@@ -157,6 +157,7 @@ class Bar:
 
     def __init__(self, items, shown):
         self.items = items
+        self.total = len(items)
         self.set_postfix_str = shown.append
 
     def __iter__(self):
