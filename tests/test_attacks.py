@@ -72,6 +72,8 @@ def test_l2_pgd_takes_steps_of_one_length_however_small_the_gradient(small_model
 def test_one_direction_serves_every_eps(small_model, batch, norm):
     images, labels = batch
     direction = common.fgsm_direction(small_model, images, labels, norm, batch_size=6)
+    if norm == np.inf:
+        assert set(direction.unique().tolist()) <= {-1, 0, 1}  # to the last bit
     for eps in (1 / 255, 4 / 255, 16 / 255, 0.5):
         swept = (images + eps * direction).clamp(0, 1)
         expected = common.fgsm(small_model, images, labels, eps, norm)
@@ -136,8 +138,8 @@ def test_pgd_takes_ten_steps(small_model, batch):
 @pytest.mark.parametrize("change", [
     lambda images: (images * 255).byte(), lambda images: images * 255,
     lambda images: (images - 0.5) / 0.25, lambda images: images * np.nan,
-    lambda images: images.clone().index_fill_(0, torch.tensor(3), 1.01),
-    lambda images: images.clone().index_fill_(0, torch.tensor(3), -0.01)])
+    lambda images: images.clone().index_fill_(0, torch.tensor(3), 1.002),
+    lambda images: images.clone().index_fill_(0, torch.tensor(3), -0.002)])
 def test_images_outside_0_to_1_are_refused_not_clipped(small_model, batch, attack, change):
     images, labels = batch
     with pytest.raises(ValueError, match=r"takes images in \[0,1\], found"):
@@ -185,6 +187,17 @@ def test_adversarial_images_are_float32_and_detached(small_model, batch, attack,
         assert found.dtype == torch.float32
         assert not found.requires_grad
         assert 0 <= found.min() <= found.max() <= 1
+
+
+def test_steps_are_of_length_one_or_zero():
+    steps = torch.zeros(4, 3, 8, 8)
+    steps[1, 0, 2, 2] = -1e-30  # one pixel alone, whose square is 0 in float32
+    steps[2] = 1e20  # whose squares are not finite
+    steps[3, 1, :, 0] = torch.arange(8)
+    found = attacks.unit_length(steps)
+    assert found[0].abs().max() == 0 and found[1, 0, 2, 2] == -1
+    assert torch.allclose(found.flatten(1).norm(dim=1), torch.tensor([0.0, 1, 1, 1]))
+    assert torch.allclose(found[3] * steps[3].norm(), steps[3])
 
 
 def test_unit_logits_have_a_deviation_of_one_in_every_image():

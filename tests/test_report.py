@@ -165,9 +165,10 @@ class Bar:
 
 
 def test_mixed_labels_count_as_the_class_of_the_largest_share():
-    logits = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, 2.0]])
     meter = terminal.EpochMeter(0, 1, [None, None], 2)
-    for labels in (torch.tensor([[0.7, 0.3], [0.6, 0.4]]), torch.tensor([[0.2, 0.8], [0.1, 0.9]])):
+    for labels in (torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.0, 0.4]]),
+                   torch.tensor([[0.3, 0.4, 0.3], [0.1, 0.0, 0.9]])):
         meter.add(torch.tensor(1.0), labels, logits)
     assert (int(meter.correct), meter.images) == (2, 4)
 

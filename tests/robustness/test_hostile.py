@@ -4,6 +4,7 @@ import pickle
 import random
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import checkpoints
 import common
@@ -62,13 +63,19 @@ def damage_checkpoints(top, checkpoint):
     zeroed = conv.clone()
     zeroed[3] = 0  # as after a bad block on the disk
     args = meta["args"]
+
+    def written_with(conv):
+        changed = weights | {"backbone.conv1.weight": conv}
+        model = SimpleNamespace(state_dict=lambda: changed)
+        return {"model": changed, "meta": meta | {"weights": checkpoints.weights_hash(model)}}
+
     without_bias = {key: value for key, value in weights.items() if key != "backbone.fc.bias"}
     changes = {
         "newer": {"version": 99}, "older": {"version": 1}, "foreign": {"format": "another"},
         "no_meta": {"meta": None}, "no_model": {"model": {}}, "less": {"model": without_bias},
-        "nan": {"model": weights | {"backbone.conv1.weight": conv * float("nan")}},
+        "list": {"model": [conv]}, "nan": written_with(conv * float("nan")),
         "zeroed": {"model": weights | {"backbone.conv1.weight": zeroed}},
-        "integers": {"model": weights | {"backbone.conv1.weight": conv.int()}},
+        "integers": written_with(conv.int()), "doubles": written_with(conv.double()),
         "outside": {"meta": meta | {"part": "../../part1"}},
         "no_args": {"meta": meta | {"args": {}}},
         "dataset": {"meta": meta | {"args": args | {"dataset": "imagenet"}}},
@@ -112,10 +119,13 @@ TREES = {"nowhere": "nowhere/train does not exist", "one_class": "at least two",
          "no_test": "no image", "zero_bytes": "ant/0.png", "text": "bee/3.png",
          "cut": "ant/1.png", "other_classes": "the same in train and test",
          "empty_class": "no image", "no_train": "no_train/train does not exist"}
-CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "nan", "integers",
-               "less", "outside", "no_args", "dataset", "fraction", "classes", "another",
-               "weights", "empty", "text", "cut")
+CHECKPOINTS = ("missing", "newer", "older", "foreign", "no_meta", "no_model", "list", "less",
+               "outside", "no_args", "dataset", "fraction", "classes", "another", "weights",
+               "empty", "text", "cut")
+UNFIT = "backbone.conv1.weight is not finite or of another type"
 PART2 = [(["--checkpoint", "{top}/zeroed.pt"], "it was written with the weights"),
+         (["--checkpoint", "{top}/nan.pt"], UNFIT), (["--checkpoint", "{top}/integers.pt"], UNFIT),
+         (["--checkpoint", "{top}/doubles.pt"], UNFIT),
          (["--checkpoint", "{top}"], "not a checkpoint"), (["--severities", "0"], "--severities"),
          (["--severities", "6"], "--severities"), (["--severities"], "--severities"),
          (["--perturbations", "fog"], "gaussian_noise"), (["--eps-255", "-1"], "--eps-255"),
