@@ -168,9 +168,9 @@ def test_mixed_labels_count_as_the_class_of_the_largest_share():
     logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, 2.0]])
     meter = terminal.EpochMeter(0, 1, [None, None], 2)
     for labels in (torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.0, 0.4]]),
-                   torch.tensor([[0.3, 0.4, 0.3], [0.1, 0.0, 0.9]])):
+                   torch.tensor([[0.4, 0.3, 0.3], [0.1, 0.0, 0.9]])):
         meter.add(torch.tensor(1.0), labels, logits)
-    assert (int(meter.correct), meter.images) == (2, 4)
+    assert (int(meter.correct), meter.images) == (3, 4)
 
 
 def test_figures_show_the_evaluation_accuracy_and_the_tests_confusion(tmp_path, monkeypatch,
