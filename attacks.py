@@ -45,7 +45,7 @@ def in_batches(images, labels, batch_size):
 
 
 def check_size(eps, norm):
-    """Raises ValueError for an eps that is none, or is meant in 1/255, and for other norms."""
+    """Raises ValueError for an eps that is negative, nan or meant in 1/255, and for other norms."""
     if norm not in (np.inf, 2):
         raise ValueError(f"an attack's norm is inf or 2, found {norm!r}")
     if not eps >= 0 or (norm == np.inf and eps > 1):
