@@ -165,7 +165,8 @@ def attack_claim(part):
     if not isinstance(classes, list) or not classes:
         return None
     for condition in STRONGEST:
-        rows = [row for key, row in part.accuracies.items() if key[1] == condition and key[2]]
+        rows = [row for key, row in part.accuracies.items()
+                if key[:2] == ("test", condition) and key[2]]
         if rows:
             row = max(rows, key=lambda row: float(row["severity"]))
             sizes = [row["n"] for row in part.rows if row["metric"].startswith("accuracy of ")

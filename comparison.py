@@ -379,17 +379,22 @@ class Line(NamedTuple):
 def shared(tables):
     """The tables with only the perturbations that every model of every table was tested on.
 
-    Only then can means be compared. Models that were tested on no perturbation do not count.
+    Only then can means be compared. Models that were tested on no perturbation do not count. Of
+    other images than the test set's only the clean ones stay: edited code may perturb or attack
+    evaluation images, too, which then stand in comparison.csv alone.
     """
     tested = {}
     for i, table in enumerate(tables):
         for row in table:
-            if is_perturbed(row):
+            if is_perturbed(row) and row["split"] == "test":
                 tested.setdefault((i, row["part"]), set()).add((row["condition"], row["severity"]))
     in_all = set.intersection(*tested.values()) if tested else set()
 
     def kept(row):
-        return not is_perturbed(row) or (row["condition"], row["severity"]) in in_all
+        if row["condition"] == "clean":
+            return True
+        condition = row["condition"], row["severity"]
+        return row["split"] == "test" and (not is_perturbed(row) or condition in in_all)
 
     return [list(filter(kept, table)) for table in tables]
 
@@ -398,8 +403,14 @@ def is_perturbed(row):
     return row["family"] not in ("", "attack")
 
 
+def perturbations_of(rows):
+    """{(condition, severity)} of the perturbed test images among rows."""
+    return {(row["condition"], row["severity"]) for row in rows
+            if is_perturbed(row) and row["split"] == "test"}
+
+
 def overview(table, names):
-    """The Lines of a table of `measured` rows, for the parts `names`. Severities are averaged.
+    """The Lines of a table of `shared` rows, for the parts `names`. Severities are averaged.
 
     mPC is the mean over perturbations; the corruption error is each perturbation's error divided by
     part 1's, averaged (Hendrycks & Dietterich 2019, with part 1 in AlexNet's place).
@@ -411,7 +422,7 @@ def overview(table, names):
         condition = row["condition"]
         if condition == "clean":
             clean[row["split"], row["part"]] = row["accuracy"]
-        elif is_perturbed(row) and row["split"] == "test":
+        elif is_perturbed(row):
             levels.setdefault((condition, row["part"]), []).append(row["accuracy"])
             if condition not in groups[row["in_part3_training"]]:
                 groups[row["in_part3_training"]].append(condition)
@@ -509,10 +520,9 @@ def explanation(studies, table, whole):
 
     table: the `measured` rows that are `shared`; whole: all of them.
     """
-    perturbed = {(row["condition"], row["severity"]) for row in whole if is_perturbed(row)}
+    perturbed = perturbations_of(whole)
     if not perturbed:
         return []
-    kept = {(row["condition"], row["severity"]) for row in table if is_perturbed(row)}
     ours = [row for row in table if row["in_part3_training"]]
     severities = sorted({row["severity"] for row in ours if row["severity"]})
     seen = studies[0].seen
@@ -527,9 +537,10 @@ def explanation(studies, table, whole):
     if any(row["in_part3_training"] == JPEG_NOTE for row in ours):
         text += (f" JPEG is left out of the held-out mean, since the {JPEG_NOTE}, but counts in "
                  "mPC.")
-    if perturbed - kept:
-        text += (" Left out, as not every model was tested on them: "
-                 f"{len(perturbed - kept)} pairs of condition and severity.")
+    left_out = perturbed - perturbations_of(table)
+    if left_out:
+        text += (f" Left out, as not every model was tested on them: {len(left_out)} pairs of "
+                 "condition and severity.")
     return [text]
 
 

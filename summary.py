@@ -105,7 +105,8 @@ def perturbed_findings(name, lines):
 
 def attack_findings(part):
     """[the sentence on attacks at 8/255, or else at their largest eps], or []."""
-    tried = {eps for _, condition, eps in part.accuracies if condition in claims.STRONGEST and eps}
+    tried = {eps for split, condition, eps in part.accuracies
+             if split == "test" and condition in claims.STRONGEST and eps}
     at = "8" if "8" in tried else max(tried, key=float, default="")
     found = []
     for condition in reversed(claims.STRONGEST):

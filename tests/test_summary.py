@@ -13,6 +13,7 @@ import summary
 
 import numpy as np
 import pytest
+import torch
 from made import (
     CLEAN,
     A,
@@ -58,6 +59,12 @@ def test_cifar10c_is_paired_only_on_the_same_files(tmp_path, theirs, ours, verdi
     assert found["clean", ""]["verdict"] == "no difference shown"
 
 
+@pytest.mark.parametrize(("p_holm", "difference", "said"), [
+    (0.0499, 0.1, "better"), (0.0499, -0.1, "worse"), (0.05, 0.1, ""), (1.0, -0.1, "")])
+def test_a_verdict_needs_a_p_below_5_percent(p_holm, difference, said):
+    assert comparison.verdict(p_holm, difference) == said
+
+
 def test_means_by_hand(tmp_path):
     two_parts(tmp_path, {"rotation": 0.65, "jpeg": 0.45}, {"rotation": 0.5, "jpeg": 0.6})
     found = lines_of(tmp_path)
@@ -84,6 +91,28 @@ def test_cifar10c_and_what_is_no_longer_there_do_not_count_in_the_means(tmp_path
     text = text_of(tmp_path)
     assert "55.0 % on average (mPC), lowest under rotation (geometry): 50.0 %." in text
     assert "Means are taken over severities (3), then over perturbations." in text
+
+
+def test_evaluation_images_that_edited_code_perturbs_stand_in_the_table_alone(tmp_path):
+    measured = perturbed(rotation=0.5, jpeg=0.6) | {("test", "fgsm", "4"): 0.4,
+                                                    ("test", "worst_case", "4"): 0.6}
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.8})
+    run = run_of(tmp_path, "part2", "part1")
+    write(run, measured)
+    text = text_of(tmp_path)
+    write(run, measured | {("train", "scale", "1"): 0.9, ("evaluation", "fgsm", "8"): 0.9,
+                           ("evaluation", "fgsm", "16"): 0.9,
+                           ("evaluation", "worst_case", "16"): 0.1})
+    labels = torch.zeros(4 * N, dtype=torch.int64)  # of more images than the test set has
+    predicted = (torch.arange(4 * N) >= 3.6 * N).long()
+    append(run, report.accuracy_row(run, "evaluation", "rotation", "3", "own", predicted, labels))
+    images = storage.read_correct(tmp_path, "part2").images
+    images["evaluation/rotation/3"] = report.correct(predicted, labels)
+    storage.write_correct(run.path("_correct.npz"), run, images, "none", None)
+    assert text_of(tmp_path) == text
+    found = {(row["split"], row["condition"], row["severity"]): row["accuracy"]
+             for row in read(tmp_path / "comparison.csv")}
+    assert found["evaluation", "rotation", "3"] == found["evaluation", "fgsm", "8"] == "0.9"
 
 
 def test_an_error_of_part_1_that_is_zero_divides_nothing(tmp_path):
@@ -238,11 +267,14 @@ def test_clean_accuracy_of_attacked_images_is_not_the_clean_accuracy(tmp_path):
 def test_attacks_stand_where_they_are_swept_or_pgd_ran(tmp_path):
     write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
     tried = (("worst_case", "4"), ("random_sign", "4"), ("random_sign", "8"), ("pgd", "8"),
-             ("random_l2", "64"), ("pgd_l2", "64"))
+             ("random_l2", "64"), ("pgd_l2", "64"), ("fgsm_l2", "32"), ("worst_case_l2", "32"),
+             ("random_l2", "32"))
     write(run_of(tmp_path, "part2", "part1"), {("test", *each): 0.5 for each in tried})
     assert [title for title in lines_of(tmp_path) if "/255" in title] == [
-        "PGD 8/255, n = 1,000", "PGD L2 64/255, n = 1,000", "random L2 64/255, n = 1,000",
-        "random sign 8/255, n = 1,000", "worst of its own one-step attacks 4/255, n = 1,000"]
+        "FGSM L2 32/255, n = 1,000", "PGD 8/255, n = 1,000", "PGD L2 64/255, n = 1,000",
+        "random L2 64/255, n = 1,000", "random sign 8/255, n = 1,000",
+        "worst of its own one-step attacks 4/255, n = 1,000",
+        "worst of its own one-step attacks L2 32/255, n = 1,000"]
 
 
 def test_jpeg_on_the_jpeg_copy_is_marked_and_no_held_out_perturbation(tmp_path):
