@@ -1,5 +1,6 @@
 """The comparison of one training: its tests, its means and what it says."""
 
+import html
 import re
 from dataclasses import replace
 
@@ -415,14 +416,23 @@ def test_every_differing_argument_is_named(tmp_path):
                          amp="bf16",
                          shares={"rotation": 4}),  # long, and of part 3 alone: not said
                   sizes={"training": 12}, amp="bf16", device_name="H100",
-                  versions={"torch": "3", "commit": "abc", "optimizer": "SGD"}), {CLEAN: 0.9})
+                  versions={"torch": "3", "commit": "abc", "optimizer": "SGD",
+                            "stopped": "after epoch 2 of 30"}), {CLEAN: 0.9})
     found = re.search("Their trainings differ in (.*)$", text_of(tmp_path), re.M)[1]
     assert found == ("`--seed` (3; part1 0), `--split-seed` (3; part1 0), `--epochs` (30; part1 6),"
                      " `--weight-decay` (0.001; part1 0.002), training images (12; part1 unknown),"
                      " mixed precision (bf16; part1 off), optimizer (SGD; part1 unknown), device"
                      " (H100; part1 cpu), torch (3; part1 2), commit (abc; part1 unknown);"
                      " arguments that only one has: "
-                     "`--families` noise, `--margin` 0.5 (part1).")
+                     "`--families` noise, stopped after epoch 2 of 30, `--margin` 0.5 (part1).")
+
+
+@pytest.mark.parametrize(("ours", "said"), [({"rotation": 2}, True), ({"rotation": 4}, False)])
+def test_the_shares_of_two_that_perturb_are_named_where_they_differ(tmp_path, ours, said):
+    write(run_of(tmp_path, "part3", "part3", A, shares={"rotation": 4}), {CLEAN: 0.7})
+    write(run_of(tmp_path, "part4_augmented", "part4_augmented", B, shares=ours), {CLEAN: 0.7})
+    assert ("`SHARES (part3_augmented.py)` ({'rotation': 2}; part3 {'rotation': 4})"
+            in html.unescape(text_of(tmp_path))) == said
 
 
 def test_claims_are_of_this_network_and_open_the_summary(tmp_path):
