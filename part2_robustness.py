@@ -276,7 +276,7 @@ def attack(args, run, model, images, labels, part1=None):
     for check in checks:
         rows.append(report.row(run, "test", names.fgsm, "", "own", f"audit: {check.name}",
                                float(check.passed), check.n))
-    at = min(eps for eps in sweep if eps >= FIGURE_EPS)
+    at = min((eps for eps in sweep if eps >= FIGURE_EPS), default=largest)
     kept = {f"test/{name}/{eps:g}": found.cpu().numpy() for (name, eps), found in right.items()}
     return Attacked(rows, kept, checks, features[names.fgsm, at], at, examples)
 

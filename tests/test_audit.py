@@ -104,6 +104,18 @@ def test_a_sound_attack_passes(victim):
     assert left["random_sign", "8"] > left["fgsm", "8"] + 0.2
 
 
+@pytest.mark.parametrize(("wanted", "shown"), [(4, 4), (5, 8), (32, 16)])
+def test_the_umap_is_of_the_next_eps_or_of_the_largest(victim, monkeypatch, wanted, shown):
+    monkeypatch.setattr(part2_robustness, "FIGURE_EPS", wanted)
+    model, images, labels = victim
+    attacked = attack(model, images[:60], labels[:60])[2]
+    assert attacked.eps_255 == shown
+    eps = shown / 255
+    adversarial = common.fgsm(model, images[:60], labels[:60], eps)
+    features = common.predict(model, adversarial, common.Amp("off", CPU)).features
+    assert torch.allclose(attacked.features, features, atol=1e-4)
+
+
 @pytest.mark.parametrize("factor", [5, 20])
 def test_a_saturated_softmax_changes_no_figure_on_unit_logits_and_is_found(victim, factor):
     model, images, labels = victim

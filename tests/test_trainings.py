@@ -443,6 +443,8 @@ def test_what_is_no_several_trainings_is_refused(tmp_path):
         trainings.compare_trainings([first, copy])
     write(run_of(copy, "part1", "part1", C, 7, f"{0:012x}"), {CLEAN: 0.5})
     assert trainings.compare_trainings([first, copy])  # another seed on the same split
+    write(run_of(copy, "part1", "part1", C, 0, "7" * 12), {CLEAN: 0.5})
+    assert trainings.compare_trainings([first, copy])  # the same seed on another split
     write(run_of(copy, "part1", "part1", C, 0, f"{0:012x}"), {CLEAN: 0.5})
     with pytest.raises(UsageError, match="are both of seed 0, split 000000000000"):
         trainings.compare_trainings([first, copy])
