@@ -369,6 +369,12 @@ def test_arguments_in_which_part_and_reference_differ_stand_with_their_table(tmp
     assert text.count(f"(By the records in `{folders[0].as_posix()}`.)") == 1  # not in all alike
 
 
+def test_differing_arguments_are_of_a_training_that_has_both_parts(tmp_path):
+    folders = [training(tmp_path, 0, None, {CLEAN: 0.8})]
+    folders += [training(tmp_path, seed, {CLEAN: 0.7}, {CLEAN: 0.8}) for seed in (1, 2)]
+    assert f"(By the records in `{folders[1].as_posix()}`.)" in trainings_text(folders)
+
+
 def test_families_of_a_part_3_without_a_record_are_said_to_be_assumed(tmp_path):
     folder = training(tmp_path, 0, {CLEAN: 0.7}, {CLEAN: 0.7}, families=["noise"])
     (folder / "part3.json").unlink()
@@ -479,3 +485,6 @@ def test_trainings_of_other_code_are_not_averaged(tmp_path, name, first, second)
             record["versions"][name] = value
     with pytest.raises(UsageError, match=f"{name} {re.escape(first)} in .* and {second[:5]}"):
         trainings.compare_trainings(folders)
+    with edited(folders[0] / "part1.json") as record:
+        del record["versions"][name]
+    assert trainings.compare_trainings(folders)  # an older record does not name it
