@@ -137,6 +137,18 @@ def test_every_condition_is_that_of_its_own_images_and_the_true_labels(study):
     assert len(accuracies) >= 5
 
 
+@checkpoints.releases_locks()
+def test_rows_have_the_label_and_the_seed_of_the_training(tmp_path):
+    """Not those of part 2's own arguments."""
+    args = part2_robustness.parse_args(["--seed", "4", "--results-dir", str(tmp_path)])
+    data = common.load_data("digits", "", CPU)
+    split = common.split_data(data, 0.2, 0)
+    meta = {"part": "part4", "seed": 5, "args": {"loss": "arcface"}}
+    run = report.start(args, "part4", data, split, CPU, common.Amp("off", CPU), "a" * 12, meta)
+    assert (run.label, run.seed, run.name) == ("ArcFace", 5, "part4_robustness")
+    assert report.row(run, "test", "clean", "", "own", "accuracy", 0.5, 9)["seed"] == 5
+
+
 def test_every_condition_of_a_run_has_its_family(study):
     families = {name: comparison.family_of(name) for name, _, _ in study.values}
     expected = {"clean": "", "gaussian_noise": "noise", "rotation": "geometry",

@@ -148,8 +148,9 @@ def test_calibration_is_averaged_over_severities_before_perturbations(tmp_path):
                                          ("clean", "", 0.5),  # does not replace the part's own
                                          ("cifar10c fog", 3, 0.9))))  # which does not count
     part3 = run_of(tmp_path, "part3_robustness", "part3", B)
-    write(part3, {("test", "rotation", s): 0.5 for s in "123"} | {("test", "grayscale", ""): 0.5,
-                                                                  ("test", "jpeg", "3"): 0.5})
+    write(part3, {("test", "rotation", s): 0.5 for s in "123"}
+          | {("test", "grayscale", ""): 0.5, ("test", "jpeg", "3"): 0.5,
+             ("test", "cifar10c fog", "3"): 0.5})
     append(part3, *(report.row(part3, "test", name, s, "own", "calibration_error", error, N)
                     for name, s, error in (("rotation", 1, 0.1), ("jpeg", 3, 0.8))))  # not of both
     text = text_of(tmp_path)
@@ -346,7 +347,8 @@ def test_findings_give_every_number_to_its_own_images(tmp_path):
     rows[0]["n"] = 200
     storage.write_rows(tmp_path / "part1.csv", rows)
     write(run_of(tmp_path, "part2", "part1"),
-          {("test", "fgsm", eps): value for eps, value in (("0", 0.7), ("2", 0.5), ("8", 0.2))})
+          {("test", "fgsm", eps): value
+           for eps, value in (("0", 0.7), ("2", 0.5), ("8", 0.2), ("16", 0.1))})
     text = text_of(tmp_path)
     assert ("- **Clean:** 60.0 % (56.9 to 63.0, n = 1,000) of the evaluation images, 70.0 % (67.1 "
             "to 72.8, n = 1,000) of the test images, 90.0 % of its 200 training images, a "
@@ -380,6 +382,12 @@ def test_findings_count_what_is_better_and_what_is_worse(tmp_path):
     assert ("- **This network against part1 (cross-entropy):** -20.0 points on clean test images, "
             "p < 0.001: worse; of 7 perturbed conditions better in 4, worse in 2, no difference "
             "shown in 1.") in text
+    write(run_of(tmp_path, "part3_robustness", "part3", B), perturbed(rotation=0.5, fgsm=0.5), n=50)
+    write(run_of(tmp_path, "part2", "part1"), perturbed(rotation=0.5, fgsm=0.5))
+    assert ("p < 0.001: worse; attacks not compared, since they are on other images: 50 images, "
+            "part1 has 1000 others. ") in text_of(tmp_path)
+    write(run_of(tmp_path, "part3_robustness", "part3", B), perturbed(rotation=0.5), n=50)
+    assert "p < 0.001: worse. " in text_of(tmp_path)
 
 
 def test_the_figure_is_of_test_images_the_table_of_none_trained_on(tmp_path, monkeypatch):
@@ -390,6 +398,12 @@ def test_the_figure_is_of_test_images_the_table_of_none_trained_on(tmp_path, mon
     tests = summary.compare(tmp_path)
     assert [(row["condition"], row["accuracy"]) for row in shown] == [("clean", 0.7)]
     assert [row["split"] for row in tests] == ["evaluation", "test"]
+    write(run_of(tmp_path, "part2", "part1"), perturbed(rotation=0.5, scale=0.5, fgsm=0.4))
+    write(run_of(tmp_path, "part3_robustness", "part3", B), perturbed(rotation=0.6, jpeg=0.6))
+    shown.clear()
+    tests = summary.compare(tmp_path)
+    assert {row["condition"] for row in shown} == {"clean", "rotation", "fgsm"}  # what both have
+    assert {row["condition"] for row in tests} == {"clean", "rotation", "scale", "fgsm", "jpeg"}
 
 
 def test_severities_are_said_that_the_means_are_over(tmp_path):

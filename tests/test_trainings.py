@@ -85,6 +85,9 @@ def test_without_a_spread_no_test_and_no_p_are_claimed(tmp_path):
     assert "| +10.0 points (no interval), n = 1 training, no test |" in text
     assert "| test set | +10.0 | - | 1 | - | not resolved with 1 training |" in text
     assert "p = 1" not in text
+    row = next(row for row in read(tmp_path / "trainings.csv")
+               if (row["line"], row["part"]) == ("test set", "part3"))
+    assert (row["sd"], row["ci_low"], row["ci_high"], row["pairs"]) == ("", "", "", "1")
 
 
 def test_the_interval_of_a_true_difference_is_that_of_a_hand_calculation(tmp_path):
