@@ -398,6 +398,7 @@ def test_a_state_of_part_2_goes_with_the_weights_that_it_tested(narrow, tree, mi
         assert code == 0, error
         assert state.exists() == stays
         assert ("as results of earlier weights" in out) != stays
+        assert read(mine / "part2.csv")[0]["weights"] == weights  # stays in any case
         assert (mine / "part2.csv").exists()  # of the weights that stay
 
 
