@@ -170,7 +170,7 @@ def attack_claim(part):
         if rows:
             row = max(rows, key=lambda row: float(row["severity"]))
             sizes = [row["n"] for row in part.rows if row["metric"].startswith("accuracy of ")
-                     and row["split"] == "test"]  # empty in a table of part 2 alone
+                     and (row["split"], row["condition"]) == ("test", "clean")]  # part 2 has none
             guessing, how = 1 / len(classes), "guessing"
             if any(sizes) and min(sizes) < max(sizes):
                 guessing, how = max(sizes) / sum(sizes), "always naming the largest class"

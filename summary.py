@@ -147,7 +147,7 @@ def calibration_table(study, table):
         clean = math.nan
         levels = {}
         for row in part.rows:
-            if (row["split"], row["metric"]) != ("test", "calibration_error"):
+            if (row["split"], row["head"], row["metric"]) != ("test", "own", "calibration_error"):
                 continue
             if row["condition"] == "clean":
                 clean = row["value"] if math.isnan(clean) else clean  # a part's own table first

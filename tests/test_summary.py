@@ -147,6 +147,7 @@ def test_calibration_is_averaged_over_severities_before_perturbations(tmp_path):
                                          ("rotation", 3, 0.3), ("grayscale", "", 0.6),
                                          ("clean", "", 0.5),  # does not replace the part's own
                                          ("cifar10c fog", 3, 0.9))))  # which does not count
+    append(run, report.row(run, "test", "rotation", 1, "knn", "calibration_error", 0.9, N))
     part3 = run_of(tmp_path, "part3_robustness", "part3", B)
     write(part3, {("test", "rotation", s): 0.5 for s in "123"}
           | {("test", "grayscale", ""): 0.5, ("test", "jpeg", "3"): 0.5,
@@ -493,11 +494,12 @@ def test_interval_of_a_claim_against_the_formula_for_paired_proportions(tmp_path
 
 def test_attacks_are_claimed_against_the_largest_class(tmp_path):
     run = run_of(tmp_path, "part1", "part1")
-    write(run, {CLEAN: 0.7}, extra=[("accuracy of cat", 0.9), ("accuracy of dog", 0.2)])
-    rows = storage.read_table(tmp_path / "part1.csv")
-    rows[-1]["n"] = 250  # dogs, and 1,000 cats
-    rows += [row | {"split": "evaluation", "n": 4000} for row in rows[-2:]]  # these do not count
-    storage.write_rows(tmp_path / "part1.csv", rows)
+    write(run, {CLEAN: 0.7})
+    for name, n in (("cat", 1000), ("dog", 250)):
+        metric = f"accuracy of {name}"
+        append(run, report.row(run, "test", "clean", "", "own", metric, 0.5, n),
+               report.row(run, "evaluation", "clean", "", "own", metric, 0.5, 4 * n),  # not counted
+               report.row(run, "test", "rotation", "3", "own", metric, 0.5, n))  # nor is this one
     write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
     line = next(line for line in text_of(tmp_path).splitlines() if "is not robust to" in line)
     assert "less accurate than always naming the largest class (80.0 %)" in line
