@@ -1,5 +1,6 @@
 """What a part reports, against scikit-learn or values worked by hand."""
 
+import copy
 import math
 import os
 import types
@@ -15,6 +16,7 @@ from arguments import RunError
 import numpy as np
 import pytest
 import torch
+from conftest import meta_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, silhouette_score
 from sklearn.metrics.pairwise import cosine_similarity
@@ -267,3 +269,21 @@ def test_printed_accuracies_have_their_interval_and_n(capsys):
     (99, "99 s"), (150, "2 min"), (5400, "90 min"), (9000, "2.5 h")])
 def test_a_duration_is_said_in_the_unit_of_a_person(seconds, said):
     assert terminal.duration(seconds) == said
+
+
+@pytest.mark.parametrize(("name", "moved", "ended"), [
+    ("backbone.bn1.running_mean", 1e-7, True), ("backbone.bn1.running_mean", 0.1, False),
+    ("backbone.conv1.weight", 1e-7, False)])
+def test_a_training_has_ended_in_a_checkpoint_of_its_very_weights(tmp_path, small_model, name,
+                                                                  moved, ended):
+    """BatchNorm's statistics, which are estimated again, may differ by rounding."""
+    run = run_of(tmp_path, {})
+    run.args["resume"] = True
+    common.save_checkpoint(run.path(".pt"), small_model, meta_of(small_model))
+    model = copy.deepcopy(small_model)
+    model.state_dict()[name].add_(moved)
+    found = report.saved_before(run, model)
+    assert (found is not None) == ended
+    if ended:
+        saved = small_model.state_dict()
+        assert all(torch.equal(saved[key], value) for key, value in found.state_dict().items())
