@@ -169,11 +169,14 @@ def attack_claim(part):
                 if key[:2] == ("test", condition) and key[2]]
         if rows:
             row = max(rows, key=lambda row: float(row["severity"]))
-            sizes = [row["n"] for row in part.rows if row["metric"].startswith("accuracy of ")
-                     and (row["split"], row["condition"]) == ("test", "clean")]  # part 2 has none
+            of_classes = {f"accuracy of {name}" for name in classes}  # of each once: edited code
+            sizes = {row["metric"]: row["n"] for row in part.rows  # may name groups, or in part 2
+                     if row["metric"] in of_classes
+                     and (row["split"], row["condition"]) == ("test", "clean")}
+            counts = sizes.values()  # none where part 2 alone is there
             guessing, how = 1 / len(classes), "guessing"
-            if any(sizes) and min(sizes) < max(sizes):
-                guessing, how = max(sizes) / sum(sizes), "always naming the largest class"
+            if any(counts) and min(counts) < max(counts):
+                guessing, how = max(counts) / sum(counts), "always naming the largest class"
             outcome = outcome_of(row["ci_high"] < guessing, row["ci_low"] > guessing)
             return Claim(f"{part.title} is not robust to attacks: less accurate than {how} "
                          f"({percent(guessing)} %) at {float(row['severity']):g}/255 "

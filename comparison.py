@@ -380,8 +380,8 @@ def shared(tables):
     """The tables with only the perturbations that every model of every table was tested on.
 
     Only then can means be compared. Models that were tested on no perturbation do not count. Of
-    other images than the test set's only the clean ones stay: edited code may perturb or attack
-    evaluation images, too, which then stand in comparison.csv alone.
+    other images than the test set's only the clean ones stay, and these without a severity: edited
+    code may perturb evaluation images, too, which then stand in comparison.csv alone.
     """
     tested = {}
     for i, table in enumerate(tables):
@@ -392,7 +392,7 @@ def shared(tables):
 
     def kept(row):
         if row["condition"] == "clean":
-            return True
+            return not row["severity"]
         condition = row["condition"], row["severity"]
         return row["split"] == "test" and (not is_perturbed(row) or condition in in_all)
 

@@ -258,8 +258,12 @@ def correct(predicted, labels):
 
 
 def headline(rows):
-    """The accuracies of a checkpoint's own head, as its meta keeps them."""
-    return {r["split"]: r["value"] for r in rows if (r["head"], r["metric"]) == ("own", "accuracy")}
+    """The clean accuracies of a checkpoint's own head, as its meta keeps them; the first counts."""
+    found = {}
+    for r in rows:
+        if (r["condition"], r["head"], r["metric"]) == ("clean", "own", "accuracy"):
+            found.setdefault(r["split"], r["value"])
+    return found
 
 
 # ---- states and files of a run ------------------------------------------------------------------

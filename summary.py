@@ -122,6 +122,8 @@ def compared(part, reference, tests):
     counts = {"better": 0, "worse": 0, "no difference shown": 0}
     attacks = {}
     for row in tests:
+        if row["split"] != "test" and row["condition"] != "clean":
+            continue  # which edited code may perturb or attack, too
         if row["condition"] == "clean" and row["p_holm"] != "":
             found.append(f"{points(row['difference'])} on clean {row['split']} images, p "
                          f"{probability(row['p_holm'])}: {row['verdict']}")

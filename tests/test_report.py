@@ -72,6 +72,17 @@ def test_heads_are_fitted_to_training_images_and_a_class_counts_its_own_images()
     assert found == pytest.approx(expected)
 
 
+def test_what_a_checkpoint_says_of_itself_is_of_clean_images():
+    """Edited code may add test-time augmentation, as another condition of the same head."""
+    labels = torch.zeros(10)
+    run = run_of(None, {})
+    rows = [report.accuracy_row(run, "test", condition, severity, "own", torch.arange(10) >= right,
+                                labels)
+            for condition, severity, right in (("clean", "", 7), ("mirrored", "", 9),
+                                               ("clean", "0", 5))]
+    assert report.headline(rows) == {"test": 0.7}
+
+
 def test_images_that_are_right_keep_their_places():
     found = report.correct(torch.tensor([0, 1, 2, 0]), torch.tensor([0, 2, 2, 1]))
     assert found.tolist() == [True, False, True, False]

@@ -116,6 +116,34 @@ def test_evaluation_images_that_edited_code_perturbs_stand_in_the_table_alone(tm
     assert found["evaluation", "rotation", "3"] == found["evaluation", "fgsm", "8"] == "0.9"
 
 
+def test_only_perturbed_test_images_are_counted_in_a_finding(tmp_path):
+    for name, part, weights, value in (("part2", "part1", A, 0.5),
+                                       ("part3_robustness", "part3", B, 0.7)):
+        write(run_of(tmp_path, part, part, weights), {CLEAN: 0.7})
+        measured = {(split, "rotation", "3"): value for split in ("test", "evaluation")}
+        n = 500 if part == "part3" else 100  # of which the attack is not compared
+        run = run_of(tmp_path, name, part, weights)
+        write(run, measured)
+        attacked = torch.zeros(n, dtype=torch.int64)
+        append(run, report.accuracy_row(run, "evaluation", "fgsm", "8", "own", attacked, attacked))
+    text = text_of(tmp_path)
+    assert "of 1 perturbed conditions better in 1, worse in 0, no difference shown in 0. " in text
+
+
+def test_clean_images_of_a_severity_do_not_replace_the_clean_ones(tmp_path, monkeypatch):
+    """As edited code has them that draws a curve from severity 0 on."""
+    shown = []
+    monkeypatch.setattr(plots, "comparison", lambda path, rows, names: shown.extend(rows))
+    write(run_of(tmp_path, "part1", "part1"), {CLEAN: 0.7})
+    write(run_of(tmp_path, "part2", "part1"),
+          {("test", "clean", "0"): 0.5} | perturbed(rotation=0.35))
+    found = lines_of(tmp_path)
+    assert found["test set"]["part1"] == 0.7
+    assert found["mPC relative to clean"]["part1"] == pytest.approx(0.5)
+    summary.compare(tmp_path)
+    assert [row["accuracy"] for row in shown if row["condition"] == "clean"] == [0.7]
+
+
 def test_an_error_of_part_1_that_is_zero_divides_nothing(tmp_path):
     two_parts(tmp_path, {"rotation": 0.9}, {"rotation": 1.0})
     found = lines_of(tmp_path)["corruption error (part1: 100)"]
@@ -500,7 +528,11 @@ def test_attacks_are_claimed_against_the_largest_class(tmp_path):
         append(run, report.row(run, "test", "clean", "", "own", metric, 0.5, n),
                report.row(run, "evaluation", "clean", "", "own", metric, 0.5, 4 * n),  # not counted
                report.row(run, "test", "rotation", "3", "own", metric, 0.5, n))  # nor is this one
-    write(run_of(tmp_path, "part2", "part1"), perturbed(worst_case=0.7))
+    append(run, report.row(run, "test", "clean", "", "own", "accuracy of pets", 0.5, 1250))
+    run = run_of(tmp_path, "part2", "part1")
+    write(run, perturbed(worst_case=0.7))
+    append(run, report.row(run, "test", "clean", "", "own", "accuracy of cat", 0.5, 1000),
+           report.row(run, "test", "clean", "", "own", "accuracy of dog", 0.5, 250))
     line = next(line for line in text_of(tmp_path).splitlines() if "is not robust to" in line)
     assert "less accurate than always naming the largest class (80.0 %)" in line
     assert "**this network: supported**" in line
