@@ -416,8 +416,8 @@ def folded(model):
         if type(module) not in (BasicBlock, Bottleneck, ResNet, nn.Sequential):
             continue  # an edited block may apply its layers in another order than it names them
         for conv, norm in itertools.pairwise(list(module._modules)):
-            if (isinstance(module._modules[norm], nn.BatchNorm2d)
-                    and isinstance(module._modules[conv], nn.Conv2d)):
+            if (network.is_plain(module._modules[norm], nn.BatchNorm2d)
+                    and network.is_plain(module._modules[conv], nn.Conv2d, network.SideBySide)):
                 fused = fuse_conv_bn_eval(module._modules[conv], module._modules[norm])
                 module._modules[conv] = fused
                 module._modules[norm] = nn.Identity()

@@ -65,6 +65,14 @@ class Model(nn.Module):
         return self.head(self.outputs(images))
 
 
+def is_plain(layer, *classes):
+    """Whether a layer computes what its class, one of these, does.
+
+    Not a subclass, which may normalize its weights, nor one with hooks, as torch's spectral_norm.
+    """
+    return type(layer) in classes and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class SideBySide(nn.Conv2d):
     """A 3×3 convolution, for CPUs with AMX: lays small bf16 images side by side, as one wide image.
 
@@ -80,7 +88,8 @@ class SideBySide(nn.Conv2d):
     @staticmethod
     def computes(conv):
         """Whether this is what a convolution computes, which a student may have edited."""
-        return (conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1)
+        return (is_plain(conv, nn.Conv2d) and conv.kernel_size == (3, 3)
+                and conv.padding == conv.dilation == (1, 1)
                 and conv.groups == 1 and conv.bias is None and conv.padding_mode == "zeros")
 
     def forward(self, images):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import META, meta_of
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -334,6 +335,45 @@ def test_a_norm_after_anything_but_a_convolution_stays(small_photos, monkeypatch
     with torch.no_grad():
         expected = model(small_photos / 255)
     assert torch.allclose(predicted, expected, rtol=1e-3, atol=1e-4)
+
+
+class Standardized(nn.Conv2d):
+    """A student's convolution, whose weights have mean 0 and deviation 1 whatever they are."""
+
+    def forward(self, images):
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return self._conv_forward(images, weight, self.bias)
+
+
+class Bounded(nn.BatchNorm2d):
+    def forward(self, images):
+        return super().forward(images).tanh()
+
+
+def with_a_hook(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output.relu())
+    return layer
+
+
+@pytest.mark.parametrize(("name", "layer"), [
+    ("conv1", Standardized(3, 64, 3)), ("conv1", spectral_norm(nn.Conv2d(3, 64, 3))),
+    ("conv1", with_a_hook(nn.Conv2d(3, 64, 3))), ("bn1", Bounded(64))])
+def test_a_students_layer_predicts_what_it_trains(small_photos, name, layer):
+    torch.manual_seed(0)
+    model = common.Model(10)
+    setattr(model.backbone, name, layer)
+    model.backbone.bn1.running_var.uniform_(0.1, 4)
+    model.backbone.bn1.running_mean.uniform_(-1, 1)
+    predicted = common.predict(model, small_photos, common.Amp("off", CPU)).logits
+    with torch.no_grad():
+        expected = model.eval()(small_photos / 255)
+    assert torch.allclose(predicted, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_students_convolution_does_not_lie_side_by_side():
+    words = {"padding": 1, "bias": False}
+    assert network.SideBySide.computes(nn.Conv2d(512, 512, 3, **words))
+    assert not network.SideBySide.computes(Standardized(512, 512, 3, **words))
 
 
 @pytest.mark.parametrize("change", [{}, {"kernel_size": 5, "padding": 2}, {"groups": 2},
