@@ -337,6 +337,27 @@ def test_each_map_shows_and_measures_its_own_images(study):
         assert panel.title == f"{title}\n{found}"
 
 
+@pytest.mark.parametrize(("attacked", "titles"), [
+    (slice(None), ["clean", "FGSM 8/255"]), (slice(0, 40), ["clean"]), (slice(1, None), ["clean"])])
+def test_an_attack_on_other_images_has_no_map(study, tmp_path, monkeypatch, attacked, titles):
+    """As of code that attacks only what is classified right."""
+    shown = []
+    for name in ("severities", "examples", "attack"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+    monkeypatch.setattr(report, "draw_umap", lambda run, panels, _: shown.extend(panels))
+    labels = torch.arange(ATTACKED) % 10
+    features = torch.randn(ATTACKED, 4, generator=torch.Generator().manual_seed(0))
+    some = common.evenly_spaced(ATTACKED, POINTS)
+    clean = report.Panel("clean", "test", "clean", "", features[some], labels[some], features[some])
+    args = types.SimpleNamespace(norm="inf", umap_points=POINTS, severities=[3], checkpoint="x")
+    rows = part2_robustness.finish(
+        args, replace(study.run, folder=tmp_path),
+        part2_robustness.Tested([], {}, {}, [clean], []),
+        part2_robustness.Attacked([], {}, [], features[attacked], labels[attacked], 8, []), None)
+    assert [panel.title for panel in shown] == titles
+    assert len(rows) == 2 * len(titles)
+
+
 @pytest.mark.parametrize(("then", "passes"), [
     (None, True), (0.7, True), (0.721, True), (0.679, True), (0.73, False), (0.67, False)])
 def test_an_accuracy_may_differ_by_rounding_alone(then, passes):
