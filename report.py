@@ -216,6 +216,10 @@ def row(run, split, condition, severity, head, metric, value, n, interval=("", "
 def accuracy_row(run, split, condition, severity, head, predicted, labels, metric="accuracy"):
     """The accuracy of predicted labels (N,) with its Wilson interval."""
     n = len(labels)
+    if n == 0:
+        raise UsageError(f"{metric} on the {split} images has no image left to count; edited code "
+                         "that tests fewer must take some of every class, as common.evenly_spaced "
+                         "does of sorted ones")
     correct = int((predicted == labels).sum())
     return row(run, split, condition, severity, head, metric, correct / n, n,
                metrics.wilson_interval(correct, n))
@@ -401,7 +405,10 @@ def finish(run, model, predictions, history, repeated):
         run.versions["stopped"] = f"after epoch {len(history)} of {run.args['epochs']}"
         print(f"stopped {run.versions['stopped']}; the record says so")
     model = saved_before(run, model) or model
-    run = replace(run, weights=checkpoints.weights_hash(model))
+    sizes = {"training": len(predictions["train"].labels),  # of edited code maybe not the split's
+             "evaluation": len(predictions["evaluation"].labels),
+             "test": len(predictions["test"].labels)}
+    run = replace(run, weights=checkpoints.weights_hash(model), sizes=sizes)
     rows = clean_rows(run, predictions, repeated)
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
         "head": network.head_of(model), "epoch": len(history), "metrics": headline(rows)})

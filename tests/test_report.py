@@ -11,7 +11,7 @@ import plots
 import report
 import storage
 import terminal
-from arguments import RunError
+from arguments import RunError, UsageError
 
 import numpy as np
 import pytest
@@ -242,15 +242,40 @@ def test_right_images_and_maps_are_of_their_own_split(tmp_path, monkeypatch, tin
         assert widths[split] == pytest.approx(silhouette_score(features[some], labels[some]))
 
 
+def test_fewer_images_than_the_split_has_are_counted(tmp_path, monkeypatch, tiny_backbone):
+    """As of code that tests on some of them only, to save time."""
+    sizes = []
+    monkeypatch.setattr(plots, "history", lambda path, history, run, _: sizes.append(run.sizes))
+    monkeypatch.setattr(plots, "confusion", lambda *_: None)
+    labels = torch.arange(3).repeat(20)
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    predictions = {split: common.Prediction(torch.eye(3)[labels[:n]], features[:n], labels[:n])
+                   for split, n in (("train", 30), ("evaluation", 12), ("test", 60))}
+    run = run_of(tmp_path, {"training": 60, "evaluation": 240, "test": 60})
+    history = [{"epoch": 1, "eval_n": 6}]
+    report.finish(run, common.Model(outputs=3), predictions, history, 0)
+    assert sizes == [{"training": 30, "evaluation": 12, "test": 60}]
+    assert storage.read_record(tmp_path, "part1")["sizes"] == sizes[0]
+    predictions["test"] = common.Prediction(*(values[labels < 2] for values in predictions["test"]))
+    with pytest.raises(UsageError, match="accuracy of cat on the test images has no image left"):
+        report.finish(run, common.Model(outputs=3), predictions, history, 0)
+
+
 def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypatch, capsys):
+    shown = []
     monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy() + seed)
-    monkeypatch.setattr(plots, "umap", lambda *_: None)
+    monkeypatch.setattr(plots, "umap", lambda path, drawn, _: shown.extend(p.title for p in drawn))
     run = run_of(tmp_path, {})
     run = replace(run, args=run.args | {"no_umap": False, "seed": 7})
     features, labels = torch.arange(10.0).view(5, 2), torch.tensor([3, 1, 4, 1, 5])
     panels = [report.Panel(title, "test", title, "", features[some], labels[some], features[some])
               for title, some in (("clean", slice(0, 3)), ("noise", slice(3, 5)))]
-    report.draw_umap(run, panels, 4 * [{"metric": "2-NN", "value": 0.5}])
+    measured = []
+    for k in (2, 3):
+        measured += [{"metric": f"{k}-NN accuracy", "value": k / 10},
+                     {"metric": "silhouette in 2-d", "value": k / 100}]
+    report.draw_umap(run, panels, measured)
+    assert shown == ["clean\n2-NN 20.0 %, silhouette 0.02", "noise\n3-NN 30.0 %, silhouette 0.03"]
     with np.load(tmp_path / "part1_umap.npz") as file:
         assert file["panel"].tolist() == 3 * ["clean"] + 2 * ["noise"]
         assert file["label"].tolist() == labels.tolist()
