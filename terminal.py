@@ -4,7 +4,7 @@ import math
 import sys
 import time
 
-from arguments import RunError
+from arguments import RunError, UsageError
 from metrics import percent
 
 FIRST_STEPS = 2  # not timed: what they load, measure or compile happens once a run
@@ -19,6 +19,7 @@ class EpochMeter:
 
     def __init__(self, epoch, epochs, batches, steps):
         self.epoch = epoch
+        self.batches = steps  # that there should be
         title = f"epoch {epoch + 1:3d}/{epochs}"
         self.bar = progress(batches, title, total=epochs * steps, initial=epoch * steps)
         self.loss = 0.0
@@ -30,17 +31,22 @@ class EpochMeter:
     def __iter__(self):
         self.start = time.perf_counter()
         long = self.epoch == 0 and self.bar.total > 20 * TIMED_STEPS
-        for batch in self.bar:
+        done = 0
+        for done, batch in enumerate(self.bar, start=1):
             yield batch
-            if long and self.steps == FIRST_STEPS:
+            if long and done == FIRST_STEPS:
                 float(self.loss)  # waits for the device
                 timed = time.perf_counter()
-            if long and self.steps == FIRST_STEPS + TIMED_STEPS:
+            if long and done == FIRST_STEPS + TIMED_STEPS:
                 float(self.loss)
                 seconds = (time.perf_counter() - timed) / TIMED_STEPS * self.bar.total
                 print(f"about {duration(seconds)} for {self.bar.total:,} steps", flush=True)
             if not self.bar.disable and self.steps % 10 == 1:  # waits only where a person watches
                 self.bar.set_postfix_str(f"loss {self.loss / self.steps:.3f}")
+        if done != self.batches:
+            raise UsageError(f"an epoch had {done} batches, but steps is {self.batches}, by which "
+                             "the schedule would end before the training or not at all; set steps "
+                             "to the number of batches")
 
     def add(self, loss, labels, logits=None):
         """Counts one batch: its loss, labels (B,) and, where the loss has any, logits (B,C).

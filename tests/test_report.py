@@ -138,6 +138,28 @@ def test_the_time_of_part_2_is_estimated_from_its_first_condition(clock, capsys)
     assert stages.stages == [("training", "70"), ("tests", "5")]
 
 
+@pytest.mark.parametrize(("batches", "refused"), [(8, True), (9, False), (10, True)])
+def test_an_epoch_has_as_many_batches_as_the_schedule_has_steps(batches, refused):
+    """Not with a batch size of its own, or a last, smaller batch."""
+    meter = terminal.EpochMeter(0, 3, range(batches), 9)
+    if refused:
+        with pytest.raises(UsageError, match=f"an epoch had {batches} batches, but steps is 9"):
+            list(meter)
+    else:
+        assert len(list(meter)) == 9
+
+
+@pytest.mark.parametrize("parts", [0, 1, 4])
+def test_the_time_is_estimated_of_batches_in_parts(clock, capsys, parts):
+    """As gradient accumulation counts them: several losses of a batch."""
+    meter = terminal.EpochMeter(0, 2, range(300), 300)
+    for _ in meter:
+        clock[0] += 2
+        for _ in range(parts):
+            meter.add(torch.tensor(3.0), torch.zeros(4, dtype=torch.long))
+    assert capsys.readouterr().out == "about 20 min for 600 steps\n"
+
+
 @pytest.mark.parametrize("loss", [3.0, math.nan, math.inf])
 def test_an_epoch_that_a_student_breaks_off_is_counted_and_checked(loss):
     meter = terminal.EpochMeter(0, 1, [None] * 9, 9)
