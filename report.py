@@ -287,7 +287,12 @@ def resume(run, state, generator):
             settings.append(f"{name} {value:g}" if type(value) is float else f"{name} {value}")
     run.versions["optimizer"] = (f"{type(optimizer).__name__} ({', '.join(settings)}) with "
                                  f"{type(scheduler).__name__}")
-    return checkpoints.resume(run, state, generator)
+    history = checkpoints.resume(run, state, generator)
+    if history and history[-1]["epoch"] != len(history):
+        raise UsageError(f"--resume: {run.path('_state.pt')} has {len(history)} rows of history "
+                         f"for {history[-1]['epoch']} epochs, by whose number the training goes "
+                         f"on; let every epoch have one, and {checkpoints.ANEW}")
+    return history
 
 
 def retire(run):
@@ -401,8 +406,9 @@ def finish(run, model, predictions, history, repeated):
 
     Checkpoint, record and tables, then figures, none of which can end the run.
     """
-    if len(history) != run.args["epochs"]:
-        run.versions["stopped"] = f"after epoch {len(history)} of {run.args['epochs']}"
+    ended = history[-1]["epoch"] if history else 0  # edited code may have rows of some epochs only
+    if ended != run.args["epochs"]:
+        run.versions["stopped"] = f"after epoch {ended} of {run.args['epochs']}"
         print(f"stopped {run.versions['stopped']}; the record says so")
     model = saved_before(run, model) or model
     sizes = {"training": len(predictions["train"].labels),  # of edited code maybe not the split's
@@ -411,7 +417,7 @@ def finish(run, model, predictions, history, repeated):
     run = replace(run, weights=checkpoints.weights_hash(model), sizes=sizes)
     rows = clean_rows(run, predictions, repeated)
     common.save_checkpoint(run.path(".pt"), model, run.record() | {
-        "head": network.head_of(model), "epoch": len(history), "metrics": headline(rows)})
+        "head": network.head_of(model), "epoch": ended, "metrics": headline(rows)})
     test, evaluation = predictions["test"], predictions["evaluation"]
     panels = []
     for split, title in (("evaluation", "evaluation split, clean"), ("test", "test set, clean")):
@@ -430,7 +436,7 @@ def finish(run, model, predictions, history, repeated):
     plots.history(run.path("_history.png"), history, run, headline(rows)["evaluation"])
     plots.confusion(run.path("_confusion.png"), test.logits.argmax(1), test.labels, run)
     draw_umap(run, panels, measured)
-    title = f"{run.part} ({run.label}): {len(history)} epochs"
+    title = f"{run.part} ({run.label}): {ended} epochs"
     terminal.print_accuracies(title, rows)
     return rows
 

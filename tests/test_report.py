@@ -283,6 +283,25 @@ def test_fewer_images_than_the_split_has_are_counted(tmp_path, monkeypatch, tiny
         report.finish(run, common.Model(outputs=3), predictions, history, 0)
 
 
+def test_epochs_without_a_row_of_history_count(tmp_path, monkeypatch, tiny_backbone):
+    """As of code that evaluates every fifth epoch only."""
+    for name in ("history", "confusion"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+    history = [{"epoch": 5, "eval_n": 6}, {"epoch": 10, "eval_n": 6}]
+    labels = torch.arange(3).repeat(4)
+    prediction = common.Prediction(torch.eye(3)[labels], torch.eye(3)[labels], labels)
+    model = common.Model(outputs=3)
+    for epochs, said in ((10, None), (15, "after epoch 10 of 15")):
+        run = run_of(tmp_path, {})
+        run.args["epochs"] = epochs
+        report.finish(run, model, dict.fromkeys(("train", "evaluation", "test"), prediction),
+                      history, 0)
+        assert storage.read_record(tmp_path, "part1")["versions"].get("stopped") == said
+    monkeypatch.setattr(report.checkpoints, "resume", lambda *_: history)
+    with pytest.raises(UsageError, match="has 2 rows of history for 10 epochs"):
+        report.resume(run, {"model": model}, None)
+
+
 def test_the_file_of_a_map_says_which_point_is_of_which_panel(tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(common, "umap_coordinates", lambda features, seed: features.numpy() + seed)
