@@ -128,7 +128,7 @@ def main(argv=None):
         meter = terminal.EpochMeter(epoch, args.epochs, batches, steps)
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]; Model normalizes
-            images = augment(images, generator, average.steps, args.families)
+            images = augment(images, generator, epoch * steps + meter.steps, args.families)
             with amp.autocast():
                 logits = model(images)  # (B, classes)
                 loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)

@@ -143,7 +143,7 @@ def main(argv=None):
         for images, labels in meter:  # the batches: uint8 (B,3,32,32), int64 (B,)
             images = common.to_float(images)  # (B,3,32,32) in [0,1]; Model normalizes
             if args.augment:
-                images = augment(images, generator, average.steps)
+                images = augment(images, generator, epoch * steps + meter.steps)
             with amp.autocast():
                 embeddings = model.outputs(images)  # (B,128)
             loss = criterion(embeddings.float(), labels)  # in float32, for its exponentials

@@ -81,13 +81,13 @@ def test_in_fp16_a_gradient_that_overflows_makes_no_step_and_halves_the_scale():
 
 
 PART3 = """\
-+images = augment(images, generator, average.steps, args.families)"""
++images = augment(images, generator, epoch * steps + meter.steps, args.families)"""
 PART4 = """\
 -batches = common.batches(split.train_images, split.train_labels, args.batch_size, generator)
 +batches = common.balanced_batches(split.train_images, split.train_labels, args.batch_size,
 +generator)
 +if args.augment:
-+images = augment(images, generator, average.steps)
++images = augment(images, generator, epoch * steps + meter.steps)
 -logits = model(images)
 -loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
 +embeddings = model.outputs(images)
