@@ -169,20 +169,26 @@ def attack_claim(part):
                 if key[:2] == ("test", condition) and key[2]]
         if rows:
             row = max(rows, key=lambda row: float(row["severity"]))
-            of_classes = {f"accuracy of {name}" for name in classes}  # of each once: edited code
-            sizes = {row["metric"]: row["n"] for row in part.rows  # may name groups, or in part 2
-                     if row["metric"] in of_classes
-                     and (row["split"], row["condition"]) == ("test", "clean")}
-            counts = sizes.values()  # none where part 2 alone is there
-            guessing, how = 1 / len(classes), "guessing"
-            if any(counts) and min(counts) < max(counts):
-                guessing, how = max(counts) / sum(counts), "always naming the largest class"
-            outcome = outcome_of(row["ci_high"] < guessing, row["ci_low"] > guessing)
+            accuracy, how = without_looking(part, classes)
+            outcome = outcome_of(row["ci_high"] < accuracy, row["ci_low"] > accuracy)
             return Claim(f"{part.title} is not robust to attacks: less accurate than {how} "
-                         f"({percent(guessing)} %) at {float(row['severity']):g}/255 "
+                         f"({percent(accuracy)} %) at {float(row['severity']):g}/255 "
                          f"({spoken(condition)})", with_interval(row), outcome,
                          f"{storage.robustness_name(part.name)}.csv")
     return None
+
+
+def without_looking(part, classes):
+    """(accuracy, how) of the best answer that does not depend on the image."""
+    named = {f"accuracy of {name}" for name in classes}
+    sizes = {}  # of each class once: edited code may have rows of one twice, or of several together
+    for row in part.rows:
+        if (row["split"], row["condition"]) == ("test", "clean") and row["metric"] in named:
+            sizes[row["metric"]] = row["n"]
+    counts = [*sizes.values()]  # none where part 2's table is alone
+    if counts and min(counts) < max(counts):
+        return max(counts) / sum(counts), "always naming the largest class"
+    return 1 / len(classes), "guessing"
 
 
 def audits(study):
